@@ -1,0 +1,1 @@
+"""Everything that touches verl, Ray and vLLM. ``compat`` asserts the versions and signatures the rest relies on."""

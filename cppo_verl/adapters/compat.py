@@ -1,0 +1,73 @@
+"""What we rely on in verl and vLLM: the version, and the signatures of the private seams. Checked before Ray starts."""
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from cppo_verl.requirements import VERL_VERSION
+
+
+
+
+class IncompatibleError(RuntimeError):
+    """An installed package is not the one this release was written for."""
+
+
+def check_verl_version() -> None:
+    """Raise IncompatibleError unless verl is exactly the pinned version. Imports nothing of verl."""
+    try:
+        found = version("verl")
+    except PackageNotFoundError:
+        raise IncompatibleError("verl is not installed; run scripts/setup.sh") from None
+    if found != VERL_VERSION:
+        raise IncompatibleError(
+            f"verl {found} is installed, but cppo_verl uses private parts of verl {VERL_VERSION}; "
+            f"run scripts/setup.sh, or: pip install verl=={VERL_VERSION}"
+        )
+
+
+def check() -> None:
+    """Assert version and signatures of everything we override or call. Imports verl (a few seconds)."""
+    check_verl_version()
+    missing = [problem for seam, wanted in _verl_seams() if (problem := _mismatch(seam, wanted))]
+    if missing:
+        raise IncompatibleError("verl differs from what cppo_verl was written for: " + "; ".join(missing))
+
+
+def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
+    """(callable, the parameter names we pass or override)."""
+    from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+    from verl.trainer.main_ppo import run_ppo
+    from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+    from verl.utils.distributed import initialize_global_process_group_ray
+    from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    return [
+        (run_ppo, ("config", "task_runner_class")),
+        (agg_loss, ("loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens", "loss_scale_factor")),
+        (kl_penalty, ("logprob", "ref_logprob", "kl_penalty")),
+        (no_padding_2_padding, ("tensor", "data")),
+        (initialize_global_process_group_ray, ("timeout_second", "backend")),
+        (SingleTurnAgentLoop.run, ("self", "sampling_params", "priority", "kwargs")),
+        (ActorRolloutRefWorker.init_model, ("self",)),
+        (ActorRolloutRefWorker.set_loss_fn, ("self", "loss_fn")),
+        (TrainingWorker.train_mini_batch, ("self", "data")),
+        (TrainingWorker.train_batch, ("self", "data")),
+        (PPOTrainerSync._build_replay_buffer, ("self",)),
+        (PPOTrainerSync._init_resource_pool_mgr, ("self",)),
+        (PPOTrainerSync._load_checkpoint, ("self",)),
+        (PPOTrainerSync._save_checkpoint, ("self",)),
+        (PPOTrainerSync._balance_batch, ("self", "batch", "metrics")),
+        (PPOTrainerSync._compute_advantage, ("self", "batch", "metrics")),
+        (PPOTrainerSync._update_actor, ("self", "batch", "metrics")),
+        (PPOTrainerSync.step, ("self", "metrics", "timing_raw")),
+    ]
+
+
+def _mismatch(seam: Callable[..., Any], wanted: tuple[str, ...]) -> str | None:
+    found = tuple(inspect.signature(seam).parameters)
+    absent = [name for name in wanted if name not in found]
+    return f"{seam.__qualname__} has no parameter {', '.join(absent)} (it has {', '.join(found)})" if absent else None

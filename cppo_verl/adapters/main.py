@@ -1,0 +1,75 @@
+"""The training process: ``python -m cppo_verl.adapters.main RUN_FOLDER`` (``cppo train`` starts it).
+
+Reads RUN_FOLDER/config.yaml, which the command line has composed and checked, starts Ray and runs the trainer.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+
+from cppo_verl.adapters import compat, cpu_platform
+from cppo_verl.run_log import RunLog
+
+
+@ray.remote
+class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
+    """verl's V1 task runner with our trainer; the trainer mode stays "sync", which verl compares by name."""
+
+    def run(self, config: DictConfig) -> None:
+        import transfer_queue as tq
+        from verl.utils.logging_utils import configure_verl_logging
+
+        from cppo_verl.adapters.trainer import TrustRegionTrainer
+
+        configure_verl_logging()
+        config.transfer_queue.enable = True
+        OmegaConf.resolve(config)
+        self.config = config
+        log = RunLog(f"{config.run.dir}/{config.run.name}")
+        log.event("starting workers")
+        tq.init(config.transfer_queue)
+        succeeded = False
+        try:
+            self.trainer = TrustRegionTrainer(config=config)
+            self.trainer.init()
+            self.init_agent_loop_manager()
+            self.trainer.fit(self.agent_loop_manager)
+            succeeded = True
+        finally:
+            tracking = getattr(self.trainer, "logger", None)
+            if tracking is not None:
+                tracking.finish(exit_code=0 if succeeded else 1)
+            tq.close()
+
+
+def train(config: DictConfig) -> None:
+    """Run one training to its end. Errors of workers arrive here as Ray's task errors."""
+    compat.check()
+    if config.trainer.device == "cpu" and not cpu_platform.active():
+        raise RuntimeError("trainer.device=cpu needs VERL_PLATFORM=cpu in the environment; cppo train sets it")
+    validate_config(
+        config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+    )
+    run_ppo(config, task_runner_class=TaskRunner)
+
+
+def main(folder: str) -> None:
+    log = RunLog(folder)
+    log.event("starting Ray")
+    try:
+        train(OmegaConf.load(Path(folder) / "config.yaml"))
+    except BaseException as error:
+        cause: Any = getattr(error, "cause", None) or error
+        log.event("failed", error=type(cause).__name__, message=str(cause))
+        raise
+    log.event("finished")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

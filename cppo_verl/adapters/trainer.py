@@ -1,0 +1,168 @@
+"""verl's synchronous V1 trainer with the pieces CPPO needs: our worker, mask_std_0, per-response seeds, the run's log."""
+
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import PPOTrainerSync
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.tracking import Tracking
+
+from cppo_verl.adapters.actor import TrustRegionActorWorker
+from cppo_verl.adapters.seeding import response_seed
+from cppo_verl.run_log import RunLog
+
+# Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
+_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/")
+
+
+class LoggedTracking:
+    """verl's Tracking with every record also appended to the run's own metrics file."""
+
+    def __init__(self, tracking: Tracking, log: RunLog) -> None:
+        self._tracking, self._log = tracking, log
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        self._log.metrics(step, data)
+        self._tracking.log(data=data, step=step)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._tracking.finish(exit_code=exit_code)
+
+
+class TrustRegionTrainer(PPOTrainerSync):
+    """One instance drives a run. Everything not overridden here is verl's."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.run = config.run
+        self.log = RunLog(f"{config.run.dir}/{config.run.name}")
+        self._tracking: LoggedTracking | None = None
+        super().__init__(config)
+
+    # fit() creates verl's Tracking itself, by assigning self.logger; this is where the run's own file joins in.
+    @property
+    def logger(self) -> LoggedTracking | None:
+        return self._tracking
+
+    @logger.setter
+    def logger(self, tracking: Tracking) -> None:
+        self._tracking = LoggedTracking(tracking, self.log)
+
+    def _build_replay_buffer(self) -> ReplayBuffer:
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = self.run.poll_interval
+        return buffer
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in (Role.ActorRollout, Role.ActorRolloutRef):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(TrustRegionActorWorker)
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self.log.forget_after(self.global_steps)
+        self.log.event("initialized", step=self.global_steps, total_steps=self.total_training_steps)
+
+    def on_validate_begin(self) -> None:
+        self.log.event("validating", step=self.global_steps)
+
+    def on_sample_begin(self) -> None:
+        super().on_sample_begin()
+        self.log.event("generating", step=self.global_steps)
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        batch = super().step(metrics, timing_raw)
+        # verl saves a checkpoint before it logs the step: after a kill in between, a resumed run would lack this step.
+        self.log.metrics(self.global_steps, metrics)
+        return batch
+
+    def _save_checkpoint(self) -> None:
+        self.log.event("saving", step=self.global_steps)
+        super()._save_checkpoint()
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics["rollout/missing_responses"] = expected - len(batch)
+        if self.run.seeded_rollout:
+            # Rollouts finish in any order; which minibatch a response falls into must not depend on it.
+            problems = _column(batch, "index")
+            samples = [_sample_number(key) for key in batch.keys]
+            batch.reorder(sorted(range(len(batch)), key=lambda i: (str(problems[i]), samples[i])))
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._compute_advantage(batch, metrics)
+        skipped, groups = _zero_variance_rows(batch)
+        metrics["groups/total"] = groups
+        metrics["groups/zero_variance"] = len({batch.keys[row].rsplit("_", 2)[0] for row in skipped})
+        if self.run.mask_std_0 and skipped:
+            _clear_loss_mask(batch, skipped)
+        return batch
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self.config.method.get("weights") == "shuffled":
+            _put_response_seeds(batch, self.run.seed, self.global_steps)
+        dump = self.global_steps in self.run.dump_steps
+        batch.extra_info["dump_dir"] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump else ""
+        batch = super()._update_actor(batch, metrics)
+        for name in [name for name in metrics if name.removeprefix("actor/").startswith(_OUR_FAMILIES)]:
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        self._require_finite_gradient(metrics)
+        return batch
+
+    def _require_finite_gradient(self, metrics: dict) -> None:
+        """verl prints a non-finite gradient norm, skips the update and goes on; a run must not go on unnoticed."""
+        norm = metrics.get("actor/grad_norm")
+        if norm is not None and not np.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm of step {self.global_steps} is {norm}: training stopped. "
+                "The last checkpoint is intact; a lower learning rate or run.dump_steps may show why."
+            )
+
+
+def _column(batch: KVBatchMeta, field: str) -> list[Any]:
+    """A per-row field that is not a tensor, in row order."""
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[field])
+    return [getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value for value in data[field]]
+
+
+def _sample_number(key: str) -> int:
+    """The number of a response within its group, from TransferQueue's key ``{uid}_{sample}_{output}``."""
+    return int(key.rsplit("_", 2)[1])
+
+
+def _zero_variance_rows(batch: KVBatchMeta) -> tuple[list[int], int]:
+    """Rows of groups in which every response has the same ``acc`` (padding rows left out), and the number of groups."""
+    accuracy = [float(extra["reward_extra_info"]["acc"]) for extra in _column(batch, "extra_fields")]
+    groups: dict[str, list[int]] = {}
+    for row, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
+        if not tag.get("is_padding", False):
+            groups.setdefault(key.rsplit("_", 2)[0], []).append(row)
+    constant = [rows for rows in groups.values() if len({accuracy[row] for row in rows}) == 1]
+    return [row for rows in constant for row in rows], len(groups)
+
+
+def _clear_loss_mask(batch: KVBatchMeta, rows: list[int]) -> None:
+    """Take rows out of the loss and of the token metrics; ``response_mask`` stays, verl's length metrics read it."""
+    keys = [batch.keys[row] for row in rows]
+    mask = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["loss_mask"])["loss_mask"]
+    cleared = torch.nested.as_nested_tensor([torch.zeros_like(row) for row in mask.unbind()], layout=torch.jagged)
+    fields = TensorDict({"loss_mask": cleared}, batch_size=len(keys))
+    tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
+
+
+def _put_response_seeds(batch: KVBatchMeta, run_seed: int, step: int) -> None:
+    """One seed per response, so that shuffled weights depend on neither micro-batch nor order."""
+    seeds = [
+        response_seed(run_seed, step, problem, _sample_number(key))
+        for problem, key in zip(_column(batch, "index"), batch.keys, strict=True)
+    ]
+    fields = TensorDict({"response_seeds": torch.tensor(seeds).unsqueeze(-1)}, batch_size=len(seeds))
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)

@@ -1,0 +1,70 @@
+"""The ``cppo`` command. Heavy imports happen after the arguments are parsed, so that ``cppo --help`` is immediate."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_TRAIN_HELP = """\
+Every override is Hydra's: method=dppo, method.delta=0.2, divergence=binary_kl, actor_rollout_ref.actor.optim.lr=2e-6 ...
+Groups: method, divergence, platform, recipe (files under configs/). Without platform= the GPU is used where there is one.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status (2: a setting is wrong)."""
+    from cppo_verl import __version__
+
+    parser = argparse.ArgumentParser(prog="cppo", description="CPPO on verl: RLVR with a prefix-aware trust region.")
+    parser.add_argument("--version", action="version", version=f"cppo_verl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="train a model", epilog=_TRAIN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    train.add_argument("--dry-run", action="store_true", help="compose, check and print the configuration, then stop")
+    plot = commands.add_parser("plot", help="draw the plots of a run folder")
+    plot.add_argument("run", type=Path, help="run folder")
+    # argparse gives up on positionals that follow an option; recipes append "$@" after theirs.
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and options.command != "train"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "train":
+        return _train([*options.overrides, *rest], options.dry_run)
+    return _plot(options.run)
+
+
+def _train(overrides: list[str], dry_run: bool) -> int:
+    from cppo_verl import config as configuration
+
+    try:
+        config = configuration.compose(overrides)
+        configuration.validate(config)
+    except configuration.ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"cppo train: {line}", file=sys.stderr)
+        return 2
+    if dry_run:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(config, resolve=True))
+        print(f"# checked: {config.method.name} over {config.divergence.name}; nothing was started", file=sys.stderr)
+        return 0
+    from cppo_verl.launcher import launch
+
+    return launch(config, ["cppo", "train", *overrides])
+
+
+def _plot(run: Path) -> int:
+    from cppo_verl.plots import plot_run
+
+    if not (run / "metrics.jsonl").exists():
+        print(f"cppo plot: {run} is not a run folder (no metrics.jsonl)", file=sys.stderr)
+        return 2
+    for path in plot_run(run):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

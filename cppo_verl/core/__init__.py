@@ -1,0 +1,29 @@
+"""The algorithm, in pure torch: divergences, position weights, prefix budgets, masks and surrogates.
+
+Reading order: divergence -> weights -> masks -> surrogate. Shapes: ``[B, T]`` is a batch of responses, right-padded;
+``response_mask`` is 1 on valid response tokens and may have holes (position t then counts valid tokens only).
+"""
+
+from cppo_verl.core.divergence import binary_kl, binary_tv, k3, topk_kl, topk_tv
+from cppo_verl.core.masks import TrustRegion, cppo_mask, dppo_mask, soft_gate, trm_mask
+from cppo_verl.core.surrogate import cispo_loss, clip_loss, minpro_loss, ratio_loss
+from cppo_verl.core.weights import position_weights, prefix_budget
+
+__all__ = [
+    "TrustRegion",
+    "binary_kl",
+    "binary_tv",
+    "cispo_loss",
+    "clip_loss",
+    "cppo_mask",
+    "dppo_mask",
+    "k3",
+    "minpro_loss",
+    "position_weights",
+    "prefix_budget",
+    "ratio_loss",
+    "soft_gate",
+    "topk_kl",
+    "topk_tv",
+    "trm_mask",
+]

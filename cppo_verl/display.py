@@ -1,0 +1,142 @@
+"""What a person sees while a run trains: one line per step, a bar for what is going on, a summary at the end."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from cppo_verl.report import RunReport
+
+# Phases in which nothing is counted, with what is being waited for.
+_WAITING = {
+    "starting Ray": "starting Ray",
+    "starting workers": "loading the model, starting FSDP actor and vLLM servers",
+    "initialized": "workers are ready",
+    "validating": "validating",
+    "generating": "generating and training",
+    "saving": "saving a checkpoint",
+}
+
+
+class RunDisplay:
+    """Progress of one run on the terminal; with output to a file or a pipe, plain lines only."""
+
+    def __init__(self, folder: Path, log_file: Path) -> None:
+        self.folder, self.log_file = folder, log_file
+        self.console = Console(highlight=False)
+        self.started = time.time()
+        self.first_step: int | None = None
+        self.total_steps: int | None = None
+        self.last_printed = 0
+        self.step_seconds: list[float] = []
+        self.last_failure: dict[str, Any] | None = None
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
+        self.progress = Progress(
+            *columns, TimeElapsedColumn(), console=self.console, transient=True, disable=not self.console.is_terminal
+        )
+        self.task = self.progress.add_task("starting", total=None)
+
+    def __enter__(self) -> "RunDisplay":
+        self.console.print(f"run    {self.folder}\nlog    {self.log_file}", soft_wrap=True)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def refresh(self) -> None:
+        self.progress.refresh()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Show the phase a run has entered."""
+        name = event["event"]
+        if name == "failed":
+            self.last_failure = dict(event)
+        if name == "initialized":
+            self.total_steps = event["total_steps"]
+            self.first_step = event["step"]
+            self.progress.update(self.task, total=self.total_steps, completed=event["step"])
+        if name in _WAITING:
+            self.progress.update(self.task, description=_WAITING[name])
+            if not self.console.is_terminal and name in ("starting Ray", "starting workers", "initialized"):
+                self.console.print(f"{time.time() - self.started:6.0f} s  {_WAITING[name]}")
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """Show one step's (or the initial validation's) line when it is complete."""
+        step = line["step"]
+        validation = _mean_accuracy(line)
+        if step == 0 or "training/global_step" not in line:
+            if validation is not None and step == (self.first_step or 0):
+                self.console.print(f"step {step:4d}  before training   {validation}")
+            return
+        seconds = line.get("timing_s/step")
+        self.step_seconds.append(seconds or 0.0)
+        self.progress.update(self.task, completed=step)
+        self.console.print(self._step_line(step, line, validation), soft_wrap=True)
+
+    def _step_line(self, step: int, line: Mapping[str, Any], validation: str | None) -> str:
+        total = self.total_steps or step
+        recent = sorted(self.step_seconds[-10:])
+        left = (total - step) * recent[len(recent) // 2]
+        parts = [
+            f"step {step:4d}/{total}",
+            f"reward {line.get('critic/score/mean', float('nan')):.3f}",
+            _masked_text(line),
+            f"{line.get('timing_s/step', 0.0):5.1f} s",
+            f"ETA {int(left // 60)}m{int(left % 60):02d}s",
+        ]
+        return "  ".join(parts + ([validation] if validation else []))
+
+    def interrupted(self) -> None:
+        self.console.print("interrupted: ending Ray, vLLM and the workers")
+
+    def failure(self, status: int) -> None:
+        """The cause of a failed run in a few lines; the rest is in the log."""
+        self.console.print(f"\nthe run failed (exit status {status})")
+        if self.last_failure:
+            lines = [text for text in self.last_failure["message"].strip().splitlines() if text.strip()]
+            shown = lines if len(lines) <= 6 else lines[-6:]
+            self.console.print(f"{self.last_failure['error']}: " + "\n  ".join(shown), markup=False, soft_wrap=True)
+        else:
+            self.console.print("the training process ended without a message; the last lines of its log:")
+            self.console.print("\n".join(_last_lines(self.log_file, 15)), markup=False, soft_wrap=True)
+        self.console.print(f"full log: {self.log_file}", soft_wrap=True)
+
+    def summary(self) -> None:
+        """Where things are and what came out, from the run folder alone."""
+        report = RunReport.read(self.folder)
+        report.write()
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        for name, value in report.rows():
+            table.add_row(name, value)
+        table.add_row("time", f"{(time.time() - self.started) / 60:.1f} min")
+        self.console.print()
+        self.console.print(table, soft_wrap=True)
+
+
+def _mean_accuracy(line: Mapping[str, Any]) -> str | None:
+    """"Avg@16 arithmetic 0.312" for each validation set of a metrics line."""
+    found = []
+    for key, value in line.items():
+        if key.startswith("val-core/") and "/acc/mean@" in key and value is not None:
+            source, _, samples = key.removeprefix("val-core/").partition("/acc/mean@")
+            found.append(f"Avg@{samples} {source} {value:.3f}")
+    return "  ".join(found) or None
+
+
+def _masked_text(line: Mapping[str, Any]) -> str:
+    masked = line.get("trust_region/masked")
+    if masked is None:
+        return "masked -"
+    token = line.get("trust_region/masked_by_token", 0.0)
+    prefix = line.get("trust_region/masked_by_prefix", 0.0)
+    return f"masked {masked:6.2%} (token {token:.2%}, prefix {prefix:.2%})"
+
+
+def _last_lines(path: Path, count: int) -> list[str]:
+    with open(path, errors="replace") as file:
+        return [line.rstrip() for line in file.readlines()[-count:]]

@@ -1,0 +1,184 @@
+"""Starts a training process, shows its progress, and leaves nothing running when it ends, however it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from omegaconf import DictConfig, OmegaConf
+
+from cppo_verl.config import run_folder
+from cppo_verl.display import RunDisplay
+from cppo_verl.manifest import manifest
+from cppo_verl.run_log import EVENTS, METRICS
+
+# Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
+_RUN_TAG = "CPPO_RUN_TAG"
+
+# Defaults for the environment of a run; what the user has set wins.
+_ENVIRONMENT = {
+    "HYDRA_FULL_ERROR": "1",
+    "PYTHONUNBUFFERED": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_CPU_ENVIRONMENT = {
+    "VERL_PLATFORM": "cpu",
+    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TQ_NUM_THREADS": "2",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+def launch(config: DictConfig, command: list[str]) -> int:
+    """Run one training to its end; returns the exit status. The run folder is made here, after all checks."""
+    folder = run_folder(config)
+    log_file = prepare_folder(config, folder, command)
+    display = RunDisplay(folder, log_file)
+    tag = uuid.uuid4().hex
+    with _termination_as_interrupt(), open(log_file, "ab") as log:
+        process = _start(folder, log, _environment(config, tag))
+        try:
+            with display:
+                status = _follow(process, folder, display)
+        except KeyboardInterrupt:
+            display.interrupted()
+            process.send_signal(signal.SIGINT)
+            status = 130
+        finally:
+            _end(process, tag, patience=0 if process.poll() is not None else 15)
+    if status == 0:
+        display.summary()
+    elif status != 130:
+        display.failure(status)
+    return status
+
+
+def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path:
+    """Make or reopen the run folder: resolved config, manifest of this attempt. Returns the attempt's log file."""
+    (folder / "logs").mkdir(parents=True, exist_ok=bool(config.run.resume))
+    attempt = 1 + len(list((folder / "logs").glob("train-*.log")))
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    record = {"attempt": attempt, **manifest(command)}
+    path = folder / "manifest.json"
+    attempts = json.loads(path.read_text())["attempts"] if path.exists() else []
+    path.write_text(json.dumps({"attempts": [*attempts, record]}, indent=2) + "\n")
+    (folder / EVENTS).unlink(missing_ok=True)
+    return folder / "logs" / f"train-{attempt}.log"
+
+
+def _environment(config: DictConfig, tag: str) -> dict[str, str]:
+    defaults = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if config.trainer.device == "cpu" else {})}
+    if Path(str(config.actor_rollout_ref.model.path)).is_dir():
+        # A local model needs no hub; without this, loading it waits for a network that may not be there.
+        defaults["HF_HUB_OFFLINE"] = "1"
+    return {**defaults, **os.environ, _RUN_TAG: tag}
+
+
+def _start(folder: Path, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "cppo_verl.adapters.main", str(folder)]
+    # A session of its own: Ctrl-C reaches the launcher only, which ends the run in order.
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+    )
+
+
+def _follow(process: subprocess.Popen[bytes], folder: Path, display: RunDisplay) -> int:
+    """Show events and metrics as they are written, until the process ends."""
+    events, metrics = _Tail(folder / EVENTS), _Tail(folder / METRICS)
+    while True:
+        ended = process.poll() is not None
+        for event in events.new():
+            display.event(event)
+        for line in metrics.new():
+            display.metrics(line)
+        display.refresh()
+        if ended:
+            return process.returncode
+        time.sleep(0.2)
+
+
+class _Tail:
+    """New complete lines of a JSON-lines file that another process appends to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = path.stat().st_size if path.exists() else 0
+        self.identity = path.stat().st_ino if path.exists() else None
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_ino != self.identity:  # rewritten on resume
+                self.identity = os.fstat(file.fileno()).st_ino
+                self.offset = min(self.offset, os.fstat(file.fileno()).st_size)
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self.offset += len(line)
+                yield json.loads(line)
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """A polite kill (a job scheduler's SIGTERM) ends the run in the same order as Ctrl-C."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _end(process: subprocess.Popen[bytes], tag: str, patience: float) -> None:
+    """Wait ``patience`` seconds for the process to end, then stop every process that carries the run's tag."""
+    ignore = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        try:
+            process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+        leftovers = _tagged(tag)
+        for leftover in leftovers:
+            _quietly(leftover.terminate)
+        _, alive = psutil.wait_procs(leftovers, timeout=5)
+        for leftover in {*alive, *_tagged(tag)}:
+            _quietly(leftover.kill)
+        psutil.wait_procs(list(alive), timeout=5)
+    finally:
+        signal.signal(signal.SIGINT, ignore)
+
+
+def _tagged(tag: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(_RUN_TAG) == tag:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _quietly(action: Any) -> None:
+    try:
+        action()
+    except psutil.NoSuchProcess:
+        pass

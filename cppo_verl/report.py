@@ -1,0 +1,114 @@
+"""What came out of a run, computed from its folder: validation before and after, masked tokens, plots."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
+from cppo_verl.run_log import read_metrics
+
+
+@dataclass(frozen=True)
+class ValidationChange:
+    """Avg@k of one validation set at the first and the last validation; the same problems, paired."""
+
+    source: str
+    samples: int
+    problems: int
+    first_step: int
+    last_step: int
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Summary of a run folder."""
+
+    folder: Path
+    steps: dict[int, dict[str, Any]]
+    changes: list[ValidationChange]
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunReport":
+        return cls(folder, read_metrics(folder), validation_changes(folder / "validation"))
+
+    def trained(self) -> list[dict[str, Any]]:
+        return [line for line in self.steps.values() if "training/global_step" in line]
+
+    def masked(self) -> dict[str, float] | None:
+        """Share of all trained tokens masked, by cause, over the whole run."""
+        lines = [line for line in self.trained() if line.get("trust_region/tokens")]
+        if not lines:
+            return None
+        tokens = sum(line["trust_region/tokens"] for line in lines)
+        by_token = sum(line["trust_region/masked_by_token"] * line["trust_region/tokens"] for line in lines)
+        masked = sum(line["trust_region/masked_tokens"] for line in lines)
+        return {"masked": masked / tokens, "token": by_token / tokens, "prefix": (masked - by_token) / tokens}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Lines of the terminal summary."""
+        rows = [("run", str(self.folder)), ("steps", str(len(self.trained())))]
+        for change in self.changes:
+            rows.append(
+                (
+                    f"Avg@{change.samples} {change.source}",
+                    f"{change.before:.1%} -> {change.after:.1%}   {100 * change.difference:+.1f} points "
+                    f"(95% interval {100 * change.low:+.1f} to {100 * change.high:+.1f}, {change.problems} problems)",
+                )
+            )
+        masked = self.masked()
+        if masked:
+            rows.append(
+                ("masked tokens", f"{masked['masked']:.2%} (token {masked['token']:.2%}, prefix {masked['prefix']:.2%})")
+            )
+        for name in ("metrics.jsonl", "config.yaml", "validation", "checkpoints", "plots", "logs"):
+            if (self.folder / name).exists():
+                rows.append((name.removesuffix(".jsonl"), str(self.folder / name)))
+        return rows
+
+    def write(self) -> None:
+        """``summary.json`` and ``plots/`` in the run folder."""
+        from cppo_verl.plots import plot_run
+
+        plot_run(self.folder)
+        content = {"masked": self.masked(), "validation": [vars(change) for change in self.changes]}
+        (self.folder / "summary.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def validation_changes(folder: Path) -> list[ValidationChange]:
+    """First against last validation of a run, for every data source that both have."""
+    files = {int(path.stem): path for path in folder.glob("*.jsonl")} if folder.is_dir() else {}
+    if len(files) < 2:
+        return []
+    first, last = min(files), max(files)
+    before, after = _correct(files[first]), _correct(files[last])
+    changes = []
+    for source in sorted(before.keys() & after.keys()):
+        problems = sorted(before[source].keys() & after[source].keys())
+        a = np.array([before[source][problem] for problem in problems], dtype=bool)
+        b = np.array([after[source][problem] for problem in problems], dtype=bool)
+        difference, low, high, p_value = paired_difference(b, a)
+        changes.append(
+            ValidationChange(
+                source, a.shape[1], len(problems), first, last, avg_at_k(a), avg_at_k(b), difference, low, high, p_value
+            )
+        )
+    return changes
+
+
+def _correct(path: Path) -> dict[str, dict[str, list[bool]]]:
+    """data source -> problem (its prompt text) -> one verdict per sample, from verl's validation samples."""
+    result: dict[str, dict[str, list[bool]]] = {}
+    for text in path.read_text().splitlines():
+        sample = json.loads(text)
+        source = result.setdefault(str(sample.get("data_source", "validation")), {})
+        source.setdefault(sample["input"], []).append(sample["acc"] > 0.5)
+    return result

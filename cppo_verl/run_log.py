@@ -1,0 +1,71 @@
+"""The files a run writes while it trains: ``metrics.jsonl`` (one line per step or validation) and ``events.jsonl``.
+
+Shared by the training process, which appends, and the command line, which follows and reads them. Standard library only.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+
+
+class RunLog:
+    """Appends JSON lines to a run folder; each line is complete on disk before the call returns."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics of ``step``; later lines of the same step add to and override earlier ones."""
+        self._append(METRICS, {"step": int(step), "time": time.time(), **{k: _plain(v) for k, v in values.items()}})
+
+    def event(self, name: str, **details: Any) -> None:
+        """Something a person waiting would want to know: a phase that begins, a failure."""
+        self._append(EVENTS, {"event": name, "time": time.time(), **details})
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps beyond ``step``: a resumed run trains them again."""
+        path = self.folder / METRICS
+        if not path.exists():
+            return
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; a last line that was cut off by a crash is ignored."""
+    with open(path) as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def read_metrics(folder: str | Path) -> dict[int, dict[str, Any]]:
+    """All metrics of a run folder by step, ascending."""
+    steps: dict[int, dict[str, Any]] = {}
+    path = Path(folder) / METRICS
+    for line in read_lines(path) if path.exists() else ():
+        steps.setdefault(line["step"], {}).update(line)
+    return dict(sorted(steps.items()))
+
+
+def _plain(value: Any) -> Any:
+    """A JSON number or string; NaN and infinity become null, which every JSON reader understands."""
+    if isinstance(value, str | bool) or value is None:
+        return value
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
