@@ -49,7 +49,7 @@ def launch(config: DictConfig, command: list[str]) -> int:
     display = RunDisplay(folder, log_file)
     tag = uuid.uuid4().hex
     with _termination_as_interrupt(), open(log_file, "ab") as log:
-        process = _start(folder, log, _environment(config, tag))
+        process = _start(folder, log, environment(config, tag))
         try:
             with display:
                 status = _follow(process, folder, display)
@@ -58,7 +58,7 @@ def launch(config: DictConfig, command: list[str]) -> int:
             process.send_signal(signal.SIGINT)
             status = 130
         finally:
-            _end(process, tag, patience=0 if process.poll() is not None else 15)
+            end_run(process, tag, patience=0 if process.poll() is not None else 15)
     if status == 0:
         display.summary()
     elif status != 130:
@@ -79,7 +79,8 @@ def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path
     return folder / "logs" / f"train-{attempt}.log"
 
 
-def _environment(config: DictConfig, tag: str) -> dict[str, str]:
+def environment(config: DictConfig, tag: str) -> dict[str, str]:
+    """The environment of a run's processes: our defaults under what the user has set, and the run's tag."""
     defaults = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if config.trainer.device == "cpu" else {})}
     if Path(str(config.actor_rollout_ref.model.path)).is_dir():
         # A local model needs no hub; without this, loading it waits for a network that may not be there.
@@ -147,7 +148,7 @@ def _termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _end(process: subprocess.Popen[bytes], tag: str, patience: float) -> None:
+def end_run(process: subprocess.Popen[bytes], tag: str, patience: float) -> None:
     """Wait ``patience`` seconds for the process to end, then stop every process that carries the run's tag."""
     ignore = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

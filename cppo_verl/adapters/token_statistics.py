@@ -65,6 +65,7 @@ class TokenStatistics:
             "trust_region/gate": (s["gate"], s["tokens"]),
             "trust_region/delta_b": (s["delta_b"], s["delta_b_responses"]),
             "trust_region/loss": (s["loss"], s["tokens"]),
+            "trust_region/absolute_loss": (s["absolute_loss"], s["tokens"]),
             "divergence/mean": (s["divergence"], s["tokens"]),
             "divergence/first_minibatch": (s["first_divergence"], s["first_tokens"]),
             "rollout/log_prob_relative_error": (s["first_log_ratio"], s["first_log_mu"]),
@@ -99,7 +100,8 @@ def _token_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:
         "masked_negative": masked & down,
     }
     sums = {name: flags.sum().double() for name, flags in counts.items()}
-    return sums | {"gate": _total(gate, valid), "loss": _total(outcome.loss.detach(), valid)}
+    loss = outcome.loss.detach()
+    return sums | {"gate": _total(gate, valid), "loss": _total(loss, valid), "absolute_loss": _total(loss.abs(), valid)}
 
 
 def _response_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:

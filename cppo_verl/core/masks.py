@@ -145,14 +145,19 @@ def _constraints(
     if delta_b is None:
         return token_exceeded, torch.zeros_like(valid), valid.float() * delta, z / delta
     prefix = z.cumsum(-1)
-    weight_before = w.cumsum(-1) - w
+    spent_before, weight_before = _exclusive(prefix), _exclusive(w.cumsum(-1))
     allowance = delta_b.double().unsqueeze(-1) * weight_before
     # delta_b = inf means "never binding", also before the first token, where inf * 0 would be NaN.
     bound = delta + torch.where(weight_before > 0, allowance, torch.zeros_like(allowance))
     prefix_exceeded = valid & (prefix.float() > bound.float())
-    threshold = (bound - (prefix - z)).clamp_max(delta)
+    threshold = (bound - spent_before).clamp_max(delta)
     threshold = torch.where(valid, threshold, 0.0).float()
     return token_exceeded, prefix_exceeded, threshold, torch.maximum(z / delta, prefix / bound)
+
+
+def _exclusive(cumulative: Tensor) -> Tensor:
+    """Sums over j < t from sums over j <= t, by a shift: subtracting the last term would turn infinity into NaN."""
+    return torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]], -1)
 
 
 def _corrective(log_ratio: Tensor, advantages: Tensor) -> Tensor:

@@ -98,4 +98,7 @@ def _row_quantile(values: Tensor, valid: Tensor, quantile: float) -> Tensor:
     low = place.floor().long().unsqueeze(-1)
     high = place.ceil().long().unsqueeze(-1)
     below, above = ordered.gather(-1, low).squeeze(-1), ordered.gather(-1, high).squeeze(-1)
-    return torch.lerp(below.double(), above.double(), place - place.floor()).float()
+    share = place - place.floor()
+    # Not lerp: between a number and infinity it gives NaN; between two infinities every formula does.
+    between = below.double() + share * (above.double() - below.double())
+    return torch.where((below == above) | (share == 0), below, between.float())

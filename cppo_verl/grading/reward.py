@@ -1,0 +1,33 @@
+"""`compute_score`: the grader under verl's reward signature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cppo_verl.grading.grader import OUTCOMES, grade
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: object,
+    extra_info: Mapping[str, Any] | None = None,
+    **kw: Any,
+) -> dict[str, float]:
+    """Score one response for verl: 1.0 if right, else 0.0, with a 0/1 float for every way of not being right.
+
+    The keys and types never vary, because verl stacks them over a batch. `answer_line` and `timeout` (see `grade`) come
+    from the row's `extra_info`, else from `kw` (`reward.custom_reward_function.reward_kwargs`); `data_source` and other
+    keywords are not used.
+    """
+    options = {**kw, **(extra_info or {})}
+    outcome = grade(
+        solution_str,
+        ground_truth,
+        answer_line=bool(options.get("answer_line", False)),
+        timeout=float(options.get("timeout", 5.0)),
+    ).outcome
+    score = float(outcome == "right")
+    flags = {f"grade_{name}": float(outcome == name) for name in OUTCOMES if name != "right"}
+    return {"score": score, "acc": score, **flags}

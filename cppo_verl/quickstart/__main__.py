@@ -1,0 +1,141 @@
+"""``python -m cppo_verl.quickstart --out DIR --seed S``: build the toy task and its warm-started model.
+
+DIR receives ``model/`` (a Hugging Face checkpoint), ``train.parquet``, ``heldout.parquet`` and
+``manifest.json``.  Repeating a command whose manifest is already there does nothing.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
+from cppo_verl.quickstart.task import TaskSpec, make_splits, write_parquet
+from cppo_verl.quickstart.warmup import WarmupSpec, measure, run_warmup
+
+MANIFEST = "manifest.json"
+FLAG_HELP = {
+    "terms": "operands in a sum",
+    "operand_max": "operands are 1 to this",
+    "warmup_problems": "problems of the supervised phase",
+    "train_problems": "problems in train.parquet",
+    "heldout_problems": "problems in heldout.parquet, in neither of the other two sets",
+    "hidden_size": "width of the network",
+    "intermediate_size": "width of its feed-forward layers",
+    "layers": "transformer layers",
+    "heads": "query heads",
+    "key_value_heads": "key and value heads",
+    "head_dim": "width of a head",
+    "max_positions": "longest prompt plus answer, in tokens",
+    "steps": "optimiser steps of the supervised phase",
+    "batch_size": "examples in a step",
+    "learning_rate": "peak learning rate",
+    "worked_share": "share of examples in the worked style; the others list the operands and guess",
+}
+SPECS = {"task": TaskSpec, "model": ModelShape, "warmup": WarmupSpec}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag for every knob, its default the tuned one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cppo_verl.quickstart",
+        description="Build the toy arithmetic task and a small Qwen3 warm-started on it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory to build")
+    parser.add_argument("--seed", type=int, default=0, help="decides the splits, the weights and the warm start")
+    parser.add_argument("--measure-samples", type=int, default=16, help="samples per held-out problem, temperature 1")
+    parser.add_argument("--measure-max-tokens", type=int, default=40, help="longest sampled answer, in tokens")
+    for name, spec in SPECS.items():
+        group = parser.add_argument_group(name)
+        for field in fields(spec):
+            flag = flag_name(name, field.name)
+            group.add_argument(f"--{flag}", type=type(field.default), default=field.default, help=FLAG_HELP[field.name])
+    return parser
+
+
+def flag_name(group: str, field: str) -> str:
+    """``--terms`` and the like; the fields of the warm-up carry its name, as in ``--warmup-steps``."""
+    prefix = "warmup-" if group == "warmup" else ""
+    return prefix + field.replace("_", "-")
+
+
+def settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags as plain nested data: what the manifest records and a later run is compared with."""
+    values = vars(arguments)
+    settings: dict[str, Any] = {key: values[key] for key in ("seed", "measure_samples", "measure_max_tokens")}
+    for name, spec in SPECS.items():
+        settings[name] = {f.name: values[flag_name(name, f.name).replace("-", "_")] for f in fields(spec)}
+    return settings
+
+
+def build(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write model and data to ``directory``, the manifest last, and return the manifest."""
+    started = time.monotonic()
+    seed: int = settings["seed"]
+    task, shape = TaskSpec(**settings["task"]), ModelShape(**settings["model"])
+    splits = make_splits(task, seed)
+    write_parquet(splits.train, "train", directory / "train.parquet")
+    write_parquet(splits.heldout, "heldout", directory / "heldout.parquet")
+    tokenizer = build_tokenizer(shape)
+    model = build_model(shape, tokenizer, seed)
+    run_warmup(model, tokenizer, splits.warmup, task, WarmupSpec(**settings["warmup"]), seed)
+    sampled = measure(
+        model, tokenizer, splits.heldout, settings["measure_samples"], settings["measure_max_tokens"], seed
+    )
+    model.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    manifest = {
+        "settings": settings,
+        "problems": {"warmup": len(splits.warmup), "train": len(splits.train), "heldout": len(splits.heldout)},
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "heldout_sampled": asdict(sampled),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def build_atomically(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Build in a sibling directory and rename it to ``out``, replacing an earlier build of other settings."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    temporary.chmod(0o755)
+    try:
+        manifest = build(temporary, settings)
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def main() -> None:
+    """Build unless the same build is there already; refuse to replace a directory that is not a build."""
+    parser = build_parser()
+    arguments = parser.parse_args()
+    out: Path = arguments.out.absolute()
+    settings = settings_from(arguments)
+    existing = out / MANIFEST
+    if existing.is_file() and json.loads(existing.read_text()).get("settings") == settings:
+        print(f"{out} already holds this build; nothing to do")
+        return
+    if out.exists() and not existing.is_file() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"{out} exists and is not a quickstart build; move it or choose another --out")
+    manifest = build_atomically(out, settings)
+    sampled = manifest["heldout_sampled"]
+    print(
+        f"{out}: {manifest['parameters']:,} parameters, {manifest['problems']['train']} training and "
+        f"{manifest['problems']['heldout']} held-out problems, sampled accuracy {sampled['accuracy']:.1%}, "
+        f"{sampled['boxed_share']:.1%} boxed, {manifest['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The supervised warm start: a fixed number of steps on a mixture of worked and sloppy answers."""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from cppo_verl.grading.extract import final_answer
+from cppo_verl.quickstart.task import Problem, TaskSpec, is_correct, sloppy_answer, worked_answer
+
+IGNORED_LABEL = -100
+ACCURACY_RANGE = (0.20, 0.40)
+MIN_BOXED_SHARE = 0.95
+REPORT_EVERY_STEPS = 100
+
+
+@dataclass(frozen=True)
+class WarmupSpec:
+    """The supervised phase: optimiser steps, examples a step, peak learning rate, share of worked answers."""
+
+    steps: int = 800
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    worked_share: float = 0.30
+
+
+@dataclass(frozen=True)
+class SampledAccuracy:
+    """Shares of sampled answers that are right and that hold a box, and their mean length in tokens."""
+
+    accuracy: float
+    boxed_share: float
+    mean_tokens: float
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> list[int]:
+    """Token ids of the chat prompt, up to where the assistant begins to write."""
+    messages = [{"role": "user", "content": problem.question}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return cast(list[int], ids)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
+    """Token ids of an answer with its end-of-turn token."""
+    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def collate(examples: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-pad (prompt ids, answer ids) pairs to int64 [batch, width] tensors; only answers carry labels.
+
+    No attention mask is needed: under causal attention nothing on the right reaches a labelled position.
+    """
+    width = max(len(prompt) + len(answer) for prompt, answer in examples)
+    ids = torch.full((len(examples), width), pad_id)
+    labels = torch.full((len(examples), width), IGNORED_LABEL)
+    for row, (prompt, answer) in enumerate(examples):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return {"input_ids": ids, "labels": labels}
+
+
+def learning_rate_scale(step: int, steps: int) -> float:
+    """Linear rise over the first twentieth of the run, then a half cosine down to zero."""
+    rise = max(1, steps // 20)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def run_warmup(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    task: TaskSpec,
+    spec: WarmupSpec,
+    seed: int,
+) -> None:
+    """Train ``model`` in place on freshly drawn answers to ``problems``, the same way for the same seed."""
+    rng = random.Random(f"warmup-{seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, spec.steps))
+    started = time.monotonic()
+    model.train()
+    for step in range(1, spec.steps + 1):
+        examples = []
+        for problem in rng.choices(problems, k=spec.batch_size):
+            worked = rng.random() < spec.worked_share
+            answer = worked_answer(problem) if worked else sloppy_answer(problem, task, rng)
+            examples.append((encode_prompt(tokenizer, problem), encode_answer(tokenizer, answer)))
+        loss = model(**collate(examples, tokenizer.pad_token_id)).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % REPORT_EVERY_STEPS == 0 or step == spec.steps:
+            seconds = time.monotonic() - started
+            print(f"warm-up step {step}/{spec.steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def sample_texts(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+) -> tuple[list[str], float]:
+    """One answer per problem at temperature 1 with no truncation, and their mean length in tokens."""
+    prompts = [{"input_ids": encode_prompt(tokenizer, problem)} for problem in problems]
+    batch = tokenizer.pad(prompts, return_tensors="pt")
+    sampling: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": max_new_tokens,
+    }
+    output = model.generate(**batch, **sampling)  # type: ignore[misc]  # transformers mistypes `self`
+    answers = output[:, batch["input_ids"].shape[1] :]
+    mean_tokens = (answers != tokenizer.pad_token_id).sum().item() / len(problems)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True), mean_tokens
+
+
+def measure(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+) -> SampledAccuracy:
+    """Sample every problem ``samples`` times at temperature 1; warn when the warm start is off target."""
+    torch.manual_seed(seed)
+    model.eval()
+    repeated = [problem for problem in problems for _ in range(samples)]
+    texts, mean_tokens = sample_texts(model, tokenizer, repeated, max_new_tokens)
+    right = sum(is_correct(text, problem.answer) for text, problem in zip(texts, repeated, strict=True))
+    boxed = sum(final_answer(text) is not None for text in texts)
+    result = SampledAccuracy(right / len(texts), boxed / len(texts), mean_tokens)
+    low, high = ACCURACY_RANGE
+    if not low <= result.accuracy <= high or result.boxed_share < MIN_BOXED_SHARE:
+        print(
+            f"warning: the warm start is right {result.accuracy:.1%} of the time (wanted {low:.0%} to {high:.0%}) "
+            f"and boxes {result.boxed_share:.1%} of its answers (wanted {MIN_BOXED_SHARE:.0%})",
+            file=sys.stderr,
+        )
+    return result

