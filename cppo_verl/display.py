@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from cppo_verl.report import RunReport
 
@@ -110,12 +109,9 @@ class RunDisplay:
         """Where things are and what came out, from the run folder alone."""
         report = RunReport.read(self.folder)
         report.write()
-        table = Table(show_header=False, box=None, padding=(0, 2))
-        for name, value in report.rows():
-            table.add_row(name, value)
-        table.add_row("time", f"{(time.time() - self.started) / 60:.1f} min")
-        self.console.print()
-        self.console.print(table, soft_wrap=True)
+        rows = [*report.rows(), ("time", f"{(time.time() - self.started) / 60:.1f} min")]
+        width = max(len(name) for name, _ in rows)
+        self.console.print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows), soft_wrap=True)
 
 
 def _mean_accuracy(line: Mapping[str, Any]) -> str | None:

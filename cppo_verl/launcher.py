@@ -85,7 +85,7 @@ def environment(config: DictConfig, tag: str) -> dict[str, str]:
     if Path(str(config.actor_rollout_ref.model.path)).is_dir():
         # A local model needs no hub; without this, loading it waits for a network that may not be there.
         defaults["HF_HUB_OFFLINE"] = "1"
-    return {**defaults, **os.environ, _RUN_TAG: tag}
+    return {**defaults, **os.environ, _RUN_TAG: tag, "CPPO_RUN_FOLDER": str(run_folder(config))}
 
 
 def _start(folder: Path, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:

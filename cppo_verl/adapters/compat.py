@@ -1,13 +1,14 @@
 """What we rely on in verl and vLLM: the version, and the signatures of the private seams. Checked before Ray starts."""
 
+import ast
+import importlib.util
 import inspect
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from cppo_verl.requirements import VERL_VERSION
-
-
 
 
 class IncompatibleError(RuntimeError):
@@ -30,9 +31,41 @@ def check_verl_version() -> None:
 def check() -> None:
     """Assert version and signatures of everything we override or call. Imports verl (a few seconds)."""
     check_verl_version()
-    missing = [problem for seam, wanted in _verl_seams() if (problem := _mismatch(seam, wanted))]
-    if missing:
-        raise IncompatibleError("verl differs from what cppo_verl was written for: " + "; ".join(missing))
+    problems = [problem for seam, wanted in _verl_seams() if (problem := _mismatch(seam, wanted))]
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or vllm.origin is None:
+        raise IncompatibleError("vllm is not installed; run scripts/setup.sh")
+    problems += vllm_mismatches(Path(vllm.origin).parent)
+    if problems:
+        raise IncompatibleError("verl or vLLM differs from what cppo_verl was written for: " + "; ".join(problems))
+
+
+# (file inside the vllm package, class or function, the fields or parameters we rely on)
+_VLLM_SEAMS = (
+    ("sampling_params.py", "SamplingParams", ("seed", "logprobs", "temperature", "top_p", "top_k", "max_tokens")),
+    ("model_executor/layers/utils.py", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
+)
+
+
+def vllm_mismatches(package: Path) -> list[str]:
+    """What is missing from the vLLM sources in ``package``; read, not imported, so that any version can be checked."""
+    problems = []
+    for file, name, wanted in _VLLM_SEAMS:
+        path = package / file
+        tree = ast.parse(path.read_text()) if path.exists() else ast.Module([], [])
+        found = next((_names(node) for node in tree.body if getattr(node, "name", None) == name), None)
+        absent = wanted if found is None else [word for word in wanted if word not in found]
+        if absent:
+            problems.append(f"vllm/{file}: {name} lacks {', '.join(absent)}")
+    return problems
+
+
+def _names(node: ast.stmt) -> set[str]:
+    """Parameters of a function, or annotated fields of a class."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
+    fields = [item for item in getattr(node, "body", []) if isinstance(item, ast.AnnAssign)]
+    return {item.target.id for item in fields if isinstance(item.target, ast.Name)}
 
 
 def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
@@ -63,6 +96,11 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (PPOTrainerSync._balance_batch, ("self", "batch", "metrics")),
         (PPOTrainerSync._compute_advantage, ("self", "batch", "metrics")),
         (PPOTrainerSync._update_actor, ("self", "batch", "metrics")),
+        (
+            PPOTrainerSync._dump_generations,
+            ("self", "inputs", "outputs", "gts", "scores", "reward_extra_infos_dict", "dump_path"),
+        ),
+        (PPOTrainerSync._val_metrics_update, ("self", "data_sources", "sample_uids")),
         (PPOTrainerSync.step, ("self", "metrics", "timing_raw")),
     ]
 

@@ -43,6 +43,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         self.run = config.run
         self.log = RunLog(f"{config.run.dir}/{config.run.name}")
         self._tracking: LoggedTracking | None = None
+        self._validation_samples: dict[str, Any] | None = None
         super().__init__(config)
 
     # fit() creates verl's Tracking itself, by assigning self.logger; this is where the run's own file joins in.
@@ -82,6 +83,21 @@ class TrustRegionTrainer(PPOTrainerSync):
         # verl saves a checkpoint before it logs the step: after a kill in between, a resumed run would lack this step.
         self.log.metrics(self.global_steps, metrics)
         return batch
+
+    def _dump_generations(self, **samples: Any) -> None:
+        if samples["dump_path"] == self.config.trainer.get("validation_data_dir"):
+            self._validation_samples = samples  # written by _val_metrics_update, which knows the data sources
+        else:
+            super()._dump_generations(**samples)
+
+    def _val_metrics_update(self, data_sources: list, sample_uids: list, *args: Any, **kwargs: Any) -> dict[str, float]:
+        samples, self._validation_samples = self._validation_samples, None
+        if samples is not None:
+            source = dict(zip(sample_uids, data_sources, strict=True))
+            columns = samples["reward_extra_infos_dict"]
+            columns["data_source"] = [str(source[key.rsplit("_", 2)[0]]) for key in columns["uid"]]
+            super()._dump_generations(**samples)
+        return super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
 
     def _save_checkpoint(self) -> None:
         self.log.event("saving", step=self.global_steps)

@@ -31,7 +31,8 @@ def ratio_loss(
         "log_prob", log_prob=log_prob, rollout_log_prob=rollout_log_prob, advantages=advantages, gate=gate
     )
     used = gate.float() != 0
-    log_prob = torch.where(used, log_prob, torch.zeros_like(log_prob)).float()
+    # -inf becomes the smallest number: -inf - -inf below would be NaN.
+    log_prob = torch.where(used, log_prob, torch.zeros_like(log_prob)).float().clamp_min(torch.finfo(torch.float32).min)
     with torch.no_grad():
         rho = _log_ratio(log_prob, torch.where(used, rollout_log_prob, 0.0)).exp()
         if ratio_cap is not None:

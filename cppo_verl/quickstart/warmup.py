@@ -24,7 +24,7 @@ REPORT_EVERY_STEPS = 100
 class WarmupSpec:
     """The supervised phase: optimiser steps, examples a step, peak learning rate, share of worked answers."""
 
-    steps: int = 800
+    steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 2e-3
     worked_share: float = 0.30

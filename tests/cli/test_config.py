@@ -1,0 +1,172 @@
+"""Composition, one line per method, and refusals that name the setting, what is wrong and what to do."""
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from cppo_verl import config as configuration
+from cppo_verl.config import ConfigError
+
+METHODS = {
+    "cppo": ("Cppo", "binary_tv"),
+    "dppo": ("Dppo", "binary_tv"),
+    "grpo": ("Grpo", "binary_tv"),
+    "minpro": ("MinPro", "binary_tv"),
+    "cispo": ("Cispo", "binary_tv"),
+    "trm_max": ("Trm", "binary_kl"),
+    "trm_avg": ("Trm", "binary_kl"),
+    "trm_max_avg": ("Trm", "binary_kl"),
+}
+
+
+@pytest.fixture
+def base(live_assets, tmp_path):
+    return [
+        "platform=cpu",
+        "recipe=quickstart",
+        f"quickstart.assets={live_assets}",
+        f"run.dir={tmp_path}",
+        "run.name=new",
+    ]
+
+
+def refusal(overrides):
+    with pytest.raises(ConfigError) as caught:
+        configuration.validate(configuration.compose(overrides))
+    return str(caught.value)
+
+
+def test_every_method_file_is_known_to_this_test():
+    assert configuration.choices("method") == sorted(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_line_selects_a_method_with_its_own_divergence(base, name):
+    config = configuration.compose([*base, f"method={name}"])
+    configuration.validate(config)
+    built = instantiate(config.method)
+    assert (type(built).__name__, config.divergence.name) == METHODS[name]
+    assert built.name == name
+    policy_loss = config.actor_rollout_ref.actor.policy_loss
+    assert OmegaConf.to_container(policy_loss.method) == OmegaConf.to_container(config.method)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        pytest.param([], {"delta": 0.15, "delta_b": 0.015, "w_min": 0.8, "delta_b_quantile": None}, id="paper's TV"),
+        pytest.param(["divergence=binary_kl"], {"delta": 0.1, "delta_b": 0.002}, id="KL instead of TV"),
+        pytest.param(["method=dppo", "divergence=binary_kl"], {"delta": 0.05}, id="DPPO's own KL"),
+        pytest.param(["method=trm_max"], {"delta_max": 0.05, "delta_avg": None}, id="TRM-Max"),
+        pytest.param(["method=trm_avg"], {"delta_max": None, "delta_avg": 0.001}, id="TRM-Avg"),
+        pytest.param(["method=trm_max_avg"], {"delta_max": 0.1, "delta_avg": 0.002}, id="TRM-Max-Avg"),
+        pytest.param(["method=grpo"], {"eps_low": 0.2, "eps_high": 0.28}, id="GRPO clip-higher"),
+        pytest.param(["method=cispo"], {"eps_low": 1.0, "eps_high": 4.0}, id="CISPO"),
+        pytest.param(["method.delta_b=0.02", "method.delta_b_quantile=0.9"], {"delta_b_quantile": 0.9}, id="calibrated"),
+        pytest.param(["method.delta_b=null"], {"delta_b": None}, id="no prefix budget"),
+    ],
+)
+def test_defaults_are_the_papers(base, overrides, expected):
+    config = configuration.compose([*base, *overrides])
+    configuration.validate(config)
+    assert {name: config.method[name] for name in expected} == expected
+
+
+def test_verls_keys_stay_reachable(base):
+    config = configuration.compose([*base, "actor_rollout_ref.actor.optim.weight_decay=0.1", "trainer.save_freq=7"])
+    assert config.actor_rollout_ref.actor.optim.weight_decay == 0.1
+    assert config.trainer.save_freq == 7
+
+
+def test_loss_is_equation_11_whatever_the_micro_batch(base):
+    actor = configuration.compose([*base, "data.max_response_length=77"]).actor_rollout_ref.actor
+    assert (actor.loss_agg_mode, actor.loss_scale_factor) == ("seq-mean-token-sum-norm", 77)
+
+
+REFUSED = [
+    (["method=ppo"], "method=ppo: there is no such method; choose one of cispo, cppo"),
+    (["divergence=js"], "divergence=js: there is no such divergence; choose one of binary_kl"),
+    (["method.detla=0.2"], "method.detla"),
+    (["method.delta=0"], "method.delta must be > 0; got 0"),
+    (["method.delta=-0.1"], "method.delta must be > 0; got -0.1"),
+    (["method.delta=nan"], "method.delta must be > 0; got nan"),
+    (["method.delta=big"], "method.delta: Value 'big' of type 'str' could not be converted to Float"),
+    (["method.w_min=0"], "method.w_min must be in (0, 1]; got 0"),
+    (["method.w_min=1.1"], "method.w_min must be in (0, 1]; got 1.1"),
+    (["method.weights=random"], "method.weights must be one of"),
+    (["method.delta_b=-1"], "method.delta_b must be >= 0, or null"),
+    (["method.delta_b_quantile=90"], "method.delta_b_quantile must be in [0, 1]"),
+    (["method=trm_max", "divergence=binary_tv"], "use divergence=binary_kl, or method.allow_tv=true"),
+    (["method=trm_max", "method.delta_max=null"], "method.delta_max must be set, or delta_avg"),
+    (["actor_rollout_ref.rollout.top_p=0.9"], "actor_rollout_ref.rollout.top_p=0.9"),
+    (["actor_rollout_ref.rollout.top_k=20"], "top_k=20: training samples must come from the whole softmax"),
+    (["trainer.use_v1=false"], "trainer.use_v1=false: verl's V0 trainer"),
+    (["trainer.v1.trainer_mode=colocate_async"], "only sync is supported"),
+    (["algorithm.rollout_correction.bypass_mode=false"], "bypass_mode=false: the trust region is anchored"),
+    (["algorithm.adv_estimator=gae"], "advantages are group-relative; use grpo"),
+    (["actor_rollout_ref.model.use_fused_kernels=true"], "fused kernels need a GPU"),
+    (["actor_rollout_ref.actor.pad_to_length=true"], "needs model.use_remove_padding=true"),
+    (["actor_rollout_ref.rollout.calculate_log_probs=false"], "log-probabilities are needed; set true"),
+    (["actor_rollout_ref.rollout.n=1"], "a group of one has no relative advantage"),
+    (["actor_rollout_ref.actor.ppo_mini_batch_size=7"], "must be a multiple of"),
+    (["actor_rollout_ref.actor.grad_clip=0.5"], "set actor_rollout_ref.actor.optim.clip_grad"),
+    (["actor_rollout_ref.model.path=/no/such/model"], "actor_rollout_ref.model.path=/no/such/model does not exist"),
+    (["actor_rollout_ref.model.path=null"], "actor_rollout_ref.model.path is not set"),
+    (["data.train_files=/no/such/file.parquet"], "data.train_files: /no/such/file.parquet does not exist"),
+    (["data.val_files=null"], "data.val_files is not set"),
+    (["custom_reward_function.path=mine.py"], "set reward.custom_reward_function"),
+    (["run.resume=true"], "run.resume=true, but there is no run"),
+    (["run.name=a/b"], "a plain folder name is needed"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[" ".join(case[0]) for case in REFUSED])
+def test_refused_with_a_reason(base, overrides, message):
+    assert message in refusal([*base, *overrides])
+
+
+def test_all_problems_are_reported_at_once(base):
+    message = refusal([*base, "method.delta=0", "actor_rollout_ref.rollout.top_p=0.5", "run.name=.."])
+    assert len(message.splitlines()) == 3
+
+
+def test_run_name_in_use(base, tmp_path):
+    (tmp_path / "new").mkdir()
+    assert "run.name=new is in use" in refusal(base)
+    configuration.validate(configuration.compose([*base, "run.resume=true"]))
+
+
+def test_wrong_verl_version(base, monkeypatch):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.0" if name == "verl" else real(name))
+    assert "verl 0.8.0 is installed, but cppo_verl works with verl 0.9.1 only" in refusal(base)
+
+
+def write(path, **columns):
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+CHAT = [{"role": "user", "content": "1+1?"}]
+GOLD = {"ground_truth": "2", "style": "rule"}
+MALFORMED = [
+    ("not parquet", None, "is not a readable parquet file"),
+    ("no gold column", {"prompt": [CHAT], "data_source": ["x"]}, "lacks the column reward_model"),
+    ("text prompt", {"prompt": ["1+1?"], "data_source": ["x"], "reward_model": [GOLD]}, "not a list of chat messages"),
+    ("no ground truth", {"prompt": [CHAT], "data_source": ["x"], "reward_model": [{"a": 1}]}, "without ground_truth"),
+    ("too few rows", {"prompt": [CHAT], "data_source": ["x"], "reward_model": [GOLD]}, "holds 1 problems, fewer than"),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), [case[1:] for case in MALFORMED], ids=[case[0] for case in MALFORMED])
+def test_malformed_data_file(base, tmp_path, columns, message):
+    path = tmp_path / "train.parquet"
+    if columns is None:
+        path.write_text("hello")
+    else:
+        write(path, **columns)
+    assert message in refusal([*base, f"data.train_files={path}"])

@@ -1,0 +1,73 @@
+"""Every method of Table 1 and every ablation switch trains for two steps, swapped in place on one live stack."""
+
+import math
+
+import pytest
+from stack import run_stages
+
+pytestmark = [pytest.mark.live, pytest.mark.slow]
+
+SMALL = ["method.delta=0.004", "method.delta_b=0.0008"]
+VARIANTS = {
+    "cppo": SMALL,
+    "dppo": ["method=dppo", "method.delta=0.004"],
+    "grpo": ["method=grpo"],
+    "minpro": ["method=minpro"],
+    "cispo": ["method=cispo"],
+    "trm_max": ["method=trm_max", "method.delta_max=0.0005"],
+    "trm_avg": ["method=trm_avg", "method.delta_avg=0.00005"],
+    "trm_max_avg": ["method=trm_max_avg", "method.delta_max=0.0005", "method.delta_avg=0.00005"],
+    "trm_max over the sampled estimate": ["method=trm_max", "divergence=k3"],
+    "dppo over KL": ["method=dppo", "divergence=binary_kl"],
+    "cppo over KL": ["divergence=binary_kl", "method.delta=0.001", "method.delta_b=0.00002"],
+    "no position weights": [*SMALL, "method.weights=uniform"],
+    "shuffled weights": [*SMALL, "method.weights=shuffled"],
+    "no prefix budget": ["method.delta=0.004", "method.delta_b=null"],
+    "soft gate": [*SMALL, "method.soft_gate=true"],
+    "w_min 0.6": [*SMALL, "method.w_min=0.6"],
+    "larger fixed delta_b": ["method.delta=0.004", "method.delta_b=0.03"],
+    "calibrated delta_b": [*SMALL, "method.delta_b_quantile=0.9"],
+    "no ratio cap": [*SMALL, "method.ratio_cap=null"],
+    "mask_std_0 off": [*SMALL, "run.mask_std_0=false"],
+    "token-mean": [*SMALL, "actor_rollout_ref.actor.loss_agg_mode=token-mean"],
+}
+
+
+@pytest.fixture(scope="module")
+def matrix(live_base):
+    return run_stages(live_base, [(name, overrides, 2) for name, overrides in VARIANTS.items()], timeout=1200)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_trains_two_steps(matrix, name):
+    lines = matrix[name]
+    assert len(lines) == 2
+    for line in lines:
+        assert math.isfinite(line["actor/loss"])
+        assert line["actor/grad_norm"] > 0
+        assert line["rollout/missing_responses"] == 0
+
+
+def share(matrix, name, metric):
+    return max(line[metric] for line in matrix[name])
+
+
+@pytest.mark.parametrize("name", ["cppo", "dppo", "trm_max", "trm_avg", "cppo over KL", "soft gate", "shuffled weights"])
+def test_a_mask_really_masks(matrix, name):
+    assert share(matrix, name, "trust_region/masked") > 0
+
+
+@pytest.mark.parametrize("name", ["cispo", "minpro"])
+def test_methods_without_a_mask_mask_nothing(matrix, name):
+    assert share(matrix, name, "trust_region/masked") == 0
+
+
+@pytest.mark.parametrize("name", ["dppo", "no prefix budget"])
+def test_without_a_budget_nothing_is_masked_by_the_prefix(matrix, name):
+    assert share(matrix, name, "trust_region/masked_by_prefix") == 0
+    assert share(matrix, "cppo", "trust_region/masked_by_prefix") > 0
+
+
+def test_calibrated_budget_varies_between_its_bounds(matrix):
+    assert 0.0008 < share(matrix, "calibrated delta_b", "trust_region/delta_b") <= 0.0016 + 1e-9
+    assert share(matrix, "cppo", "trust_region/delta_b") == pytest.approx(0.0008)

@@ -1,0 +1,144 @@
+"""``cppo train`` as a person uses it: what it prints, what it leaves behind, how it fails and how it is interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cppo_verl.run_log import read_metrics
+
+pytestmark = pytest.mark.live
+CPPO = Path(sys.executable).parent / "cppo"
+
+
+@pytest.fixture(scope="module")
+def overrides(live_base):
+    return [*live_base, "method.delta=0.004", "method.delta_b=0.0008", "trainer.total_training_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def finished(overrides):
+    done = subprocess.run(
+        [
+            CPPO,
+            "train",
+            *overrides,
+            "trainer.val_before_train=true",
+            "trainer.test_freq=2",
+            "trainer.save_freq=2",
+            "run.dump_steps=[2]",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_terminal_shows_steps_and_a_summary_and_nothing_of_ray(finished):
+    lines = finished.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert "before training" in steps[0]
+    assert [line.split()[1] for line in steps[1:]] == ["1/2", "2/2"]
+    assert all(word in steps[1] for word in ("reward", "masked", "token", "prefix", "ETA"))
+    assert "Avg@16" in steps[2]
+    assert any(line.strip().startswith("Avg@16 arithmetic") and "points" in line for line in lines)
+    assert not [line for line in lines if "TaskRunner" in line or "WARNING" in line or "pid=" in line]
+    assert len(lines) < 40
+
+
+def test_run_folder_is_complete(finished, live_folder):
+    manifest = json.loads((live_folder / "manifest.json").read_text())["attempts"][0]
+    assert manifest["packages"]["verl"] == "0.9.1"
+    assert manifest["command"].startswith("cppo train")
+    assert manifest["hardware"]["cores"] > 0
+    metrics = read_metrics(live_folder)
+    assert sorted(metrics) == [0, 1, 2]
+    assert metrics[2]["trust_region/tokens"] > 0
+    for name in ("config.yaml", "summary.json", "plots/training.png", "plots/mask.png", "logs/train-1.log"):
+        assert (live_folder / name).stat().st_size > 0
+    samples = [json.loads(line) for line in (live_folder / "validation/2.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 * 16
+    assert (live_folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+def test_nothing_is_left_running(finished, live_folder):
+    assert leftovers(live_folder) == []
+
+
+def test_the_name_is_taken_and_resuming_goes_on(finished, overrides, live_folder):
+    again = subprocess.run([CPPO, "train", *overrides], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2
+    assert "is in use" in again.stderr
+    resumed = subprocess.run(
+        [CPPO, "train", *overrides, "run.resume=true", "trainer.total_training_steps=3"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert resumed.returncode == 0, resumed.stdout
+    assert "3/3" in resumed.stdout
+    assert "step    2/3" not in resumed.stdout
+    assert sorted(read_metrics(live_folder)) == [0, 1, 2, 3]
+    assert (live_folder / "logs/train-2.log").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process(overrides, tmp_path):
+    run = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        [CPPO, "train", *overrides, f"run.dir={tmp_path}", "run.name=interrupted", "trainer.total_training_steps=500"],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run)) >= 2, 400)
+    assert len(leftovers(run)) > 3
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in output
+    assert leftovers(run) == []
+
+
+@pytest.mark.slow
+def test_a_failure_shows_its_cause(overrides, tmp_path):
+    reward = tmp_path / "broken.py"
+    reward.write_text("def compute_score(*args, **kwargs):\n    raise RuntimeError('the reward is broken')\n")
+    done = subprocess.run(
+        [CPPO, "train", *overrides, f"run.dir={tmp_path}", "run.name=broken", f"reward.custom_reward_function.path={reward}"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode not in (0, 130)
+    assert "the run failed" in done.stdout
+    assert "the reward is broken" in done.stdout
+    assert f"full log: {tmp_path}/broken/logs/train-1.log" in done.stdout
+    assert leftovers(tmp_path / "broken") == []
+
+
+def leftovers(run):
+    """Processes of the run: those that mention its folder, and Ray's or vLLM's that carry its tag."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("CPPO_RUN_TAG") and process.environ().get("CPPO_RUN_FOLDER") == str(run):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition, seconds):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited too long"
+        time.sleep(0.5)
