@@ -4,10 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _TRAIN_HELP = """\
-Every override is Hydra's: method=dppo, method.delta=0.2, divergence=binary_kl, actor_rollout_ref.actor.optim.lr=2e-6 ...
-Groups: method, divergence, platform, recipe (files under configs/). Without platform= the GPU is used where there is one.
+Every override is Hydra's: method=dppo, method.delta=0.2, divergence=binary_kl, trainer.total_training_steps=100 ...
+Groups: method, divergence, platform, recipe (files under configs/). Without platform= a GPU is used where there is one.
 """
 
 
@@ -23,18 +27,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     train.add_argument("--dry-run", action="store_true", help="compose, check and print the configuration, then stop")
+    bench = commands.add_parser("bench", help="seconds per step against stock verl GRPO")
+    bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as for train")
+    bench.add_argument("--rounds", type=int, default=30, help="rounds of one step of each variant (default 30)")
     plot = commands.add_parser("plot", help="draw the plots of a run folder")
     plot.add_argument("run", type=Path, help="run folder")
     # argparse gives up on positionals that follow an option; recipes append "$@" after theirs.
     options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in rest) or (rest and options.command != "train"):
+    if any(word.startswith("-") for word in rest) or (rest and options.command == "plot"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "train":
         return _train([*options.overrides, *rest], options.dry_run)
+    if options.command == "bench":
+        return _bench([*options.overrides, *rest], options.rounds)
     return _plot(options.run)
 
 
-def _train(overrides: list[str], dry_run: bool) -> int:
+def _checked(command: str, overrides: list[str]) -> "DictConfig | None":
+    """The composed configuration, or None after its problems were printed."""
     from cppo_verl import config as configuration
 
     try:
@@ -42,7 +52,14 @@ def _train(overrides: list[str], dry_run: bool) -> int:
         configuration.validate(config)
     except configuration.ConfigError as error:
         for line in str(error).splitlines():
-            print(f"cppo train: {line}", file=sys.stderr)
+            print(f"cppo {command}: {line}", file=sys.stderr)
+        return None
+    return config
+
+
+def _train(overrides: list[str], dry_run: bool) -> int:
+    config = _checked("train", overrides)
+    if config is None:
         return 2
     if dry_run:
         from omegaconf import OmegaConf
@@ -53,6 +70,27 @@ def _train(overrides: list[str], dry_run: bool) -> int:
     from cppo_verl.launcher import launch
 
     return launch(config, ["cppo", "train", *overrides])
+
+
+def _bench(overrides: list[str], rounds: int) -> int:
+    fixed = [
+        "trainer.val_before_train=false",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+        f"trainer.total_training_steps={3 * (rounds + 1)}",
+        f"+bench.rounds={rounds}",
+    ]
+    config = _checked("bench", [*overrides, *fixed])
+    if config is None:
+        return 2
+    from cppo_verl.config import run_folder
+    from cppo_verl.launcher import launch
+    from cppo_verl.report import bench_rows
+
+    status = launch(config, ["cppo", "bench", *overrides], module="cppo_verl.adapters.bench")
+    for name, text in bench_rows(run_folder(config)) if status == 0 else ():
+        print(f"{name:<32} {text}")
+    return status
 
 
 def _plot(run: Path) -> int:

@@ -129,7 +129,10 @@ def _check_verl_mode(config: DictConfig) -> Iterator[str]:
     if actor.policy_loss.get("_target_") != "cppo_verl.adapters.loss.TrustRegionConfig":
         yield "actor_rollout_ref.actor.policy_loss._target_ was changed; choose the loss by method= instead"
     if actor.get("grad_clip", 1.0) != 1.0:
-        yield "actor_rollout_ref.actor.grad_clip is not read by verl's engine; set actor_rollout_ref.actor.optim.clip_grad"
+        yield (
+            "actor_rollout_ref.actor.grad_clip is not read by verl's engine; "
+            "set actor_rollout_ref.actor.optim.clip_grad"
+        )
     if any(value is not None for value in config.custom_reward_function.values()):
         yield "custom_reward_function.* is ignored by verl 0.9.1; set reward.custom_reward_function.* instead"
 
@@ -141,10 +144,10 @@ def _check_rollout(config: DictConfig) -> Iterator[str]:
     if rollout.top_p < 1 or rollout.top_k > 0:
         yield (
             f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: training samples must come from "
-            "the whole softmax, or log mu is not the policy's; use top_p=1.0 top_k=-1 (validation has its own val_kwargs)"
+            "the whole softmax, or log mu is not the policy's; use top_p=1.0 top_k=-1 (validation: val_kwargs)"
         )
     if not rollout.calculate_log_probs:
-        yield "actor_rollout_ref.rollout.calculate_log_probs=false: the rollout's log-probabilities are needed; set true"
+        yield "actor_rollout_ref.rollout.calculate_log_probs=false: its log-probabilities are needed; set true"
     if rollout.logprobs_mode != "processed_logprobs":
         yield f"actor_rollout_ref.rollout.logprobs_mode={rollout.logprobs_mode}: must be processed_logprobs"
     if rollout.n < 2:
@@ -165,11 +168,36 @@ def _check_engine(config: DictConfig) -> Iterator[str]:
             f"data.train_batch_size={config.data.train_batch_size} must be a multiple of "
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (both count prompts)"
         )
-    if not actor.use_dynamic_bsz and actor.ppo_micro_batch_size_per_gpu is None:
+    yield from _check_micro_batch(config)
+
+
+def _check_micro_batch(config: DictConfig) -> Iterator[str]:
+    """verl splits a rank's share of a minibatch into equal micro-batches, or fails in the first update."""
+    actor = config.actor_rollout_ref.actor
+    micro = actor.ppo_micro_batch_size_per_gpu
+    if actor.use_dynamic_bsz:
+        return
+    if micro is None:
         yield (
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu is not set (responses per forward pass); "
             "give a number, or actor_rollout_ref.actor.use_dynamic_bsz=true"
         )
+        return
+    responses = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node // _model_parallel_size(config)
+    if responses % (ranks * micro):
+        yield (
+            f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} must divide the {responses} responses of a "
+            f"minibatch (ppo_mini_batch_size x rollout.n) spread over {ranks} data-parallel ranks"
+        )
+
+
+def _model_parallel_size(config: DictConfig) -> int:
+    actor = config.actor_rollout_ref.actor
+    if actor.strategy == "megatron":
+        split = actor.megatron
+        return int(split.tensor_model_parallel_size * split.pipeline_model_parallel_size * split.context_parallel_size)
+    return int(max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size))
 
 
 def _check_model(config: DictConfig) -> Iterator[str]:

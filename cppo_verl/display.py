@@ -80,7 +80,7 @@ class RunDisplay:
     def _step_line(self, step: int, line: Mapping[str, Any], validation: str | None) -> str:
         total = self.total_steps or step
         recent = sorted(self.step_seconds[-10:])
-        left = (total - step) * recent[len(recent) // 2]
+        left = max(total - step, 0) * recent[len(recent) // 2]
         parts = [
             f"step {step:4d}/{total}",
             f"reward {line.get('critic/score/mean', float('nan')):.3f}",
@@ -115,7 +115,7 @@ class RunDisplay:
 
 
 def _mean_accuracy(line: Mapping[str, Any]) -> str | None:
-    """"Avg@16 arithmetic 0.312" for each validation set of a metrics line."""
+    """ "Avg@16 arithmetic 0.312" for each validation set of a metrics line."""
     found = []
     for key, value in line.items():
         if key.startswith("val-core/") and "/acc/mean@" in key and value is not None:

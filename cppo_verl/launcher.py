@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,14 +42,17 @@ _CPU_ENVIRONMENT = {
 }
 
 
-def launch(config: DictConfig, command: list[str]) -> int:
-    """Run one training to its end; returns the exit status. The run folder is made here, after all checks."""
+def launch(config: DictConfig, command: list[str], module: str = "cppo_verl.adapters.main") -> int:
+    """Run one training (or what ``module`` does) to its end; returns the exit status.
+
+    The run folder is made here, after all checks.
+    """
     folder = run_folder(config)
     log_file = prepare_folder(config, folder, command)
     display = RunDisplay(folder, log_file)
     tag = uuid.uuid4().hex
     with _termination_as_interrupt(), open(log_file, "ab") as log:
-        process = _start(folder, log, environment(config, tag))
+        process = _start(module, folder, log, environment(config, tag))
         try:
             with display:
                 status = _follow(process, folder, display)
@@ -88,8 +91,8 @@ def environment(config: DictConfig, tag: str) -> dict[str, str]:
     return {**defaults, **os.environ, _RUN_TAG: tag, "CPPO_RUN_FOLDER": str(run_folder(config))}
 
 
-def _start(folder: Path, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "cppo_verl.adapters.main", str(folder)]
+def _start(module: str, folder: Path, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", module, str(folder)]
     # A session of its own: Ctrl-C reaches the launcher only, which ends the run in order.
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -179,7 +182,5 @@ def _tagged(tag: str) -> list[psutil.Process]:
 
 
 def _quietly(action: Any) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         action()
-    except psutil.NoSuchProcess:
-        pass

@@ -5,8 +5,10 @@ turns a batch of tokens into per-token losses. Hydra builds it from the config's
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,11 +92,22 @@ class Cppo:
                 max_factor=self.delta_b_max_factor,
                 validate=False,
             )
-        rule = dict(delta=self.delta, weights=weights, delta_b=delta_b, validate=False)
-        inputs = (_log_ratio(tokens), tokens.advantages, tokens.divergence, mask)
-        region = core.cppo_mask(*inputs, **rule)
-        gate = core.soft_gate(*inputs, **rule) if self.soft_gate else region.keep.float()
+        rule = partial(self._rule, tokens, weights=weights, delta_b=delta_b)
+        region = rule(core.cppo_mask)
+        gate = rule(core.soft_gate) if self.soft_gate else region.keep.float()
         return Outcome(_ratio_loss(tokens, gate, self.ratio_cap), gate, region.token_exceeded, delta_b)
+
+    def _rule(self, tokens: Tokens, function: Callable[..., Any], *, weights: Tensor, delta_b: Tensor | None) -> Any:
+        return function(
+            _log_ratio(tokens),
+            tokens.advantages,
+            tokens.divergence,
+            tokens.response_mask,
+            delta=self.delta,
+            weights=weights,
+            delta_b=delta_b,
+            validate=False,
+        )
 
     def _weights(self, tokens: Tokens) -> Tensor:
         if not self.needs_response_seeds:
@@ -103,7 +116,11 @@ class Cppo:
             raise ValueError("weights=shuffled needs one seed per response, so that micro-batching cannot change it")
         rows = [
             core.position_weights(
-                row[None], self.w_min, schedule="shuffled", generator=torch.Generator().manual_seed(seed), validate=False
+                row[None],
+                self.w_min,
+                schedule="shuffled",
+                generator=torch.Generator().manual_seed(seed),
+                validate=False,
             )
             for row, seed in zip(tokens.response_mask, tokens.response_seeds.tolist(), strict=True)
         ]
@@ -148,9 +165,7 @@ class Trm:
     needs_response_seeds = False
 
     def __post_init__(self) -> None:
-        _check(
-            self.delta_max is not None or self.delta_avg is not None, "delta_max", None, "set, or delta_avg must be"
-        )
+        _check(self.delta_max is not None or self.delta_avg is not None, "delta_max", None, "set, or delta_avg must be")
         for name in ("delta_max", "delta_avg"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
@@ -251,9 +266,7 @@ def _log_ratio(tokens: Tokens) -> Tensor:
 
 
 def _ratio_loss(tokens: Tokens, gate: Tensor, ratio_cap: float | None) -> Tensor:
-    return core.ratio_loss(
-        tokens.log_prob, tokens.rollout_log_prob, tokens.advantages, gate, ratio_cap=ratio_cap
-    )
+    return core.ratio_loss(tokens.log_prob, tokens.rollout_log_prob, tokens.advantages, gate, ratio_cap=ratio_cap)
 
 
 def _unmasked(loss: Tensor) -> Outcome:

@@ -55,7 +55,9 @@ def _accuracy_label(key: str) -> str:
     return f"{source} Avg@{samples}"
 
 
-def _curve(axis: Any, steps: dict[int, dict[str, Any]], series: dict[str, str], scale: float = 1.0, **style: Any) -> None:
+def _curve(
+    axis: Any, steps: dict[int, dict[str, Any]], series: dict[str, str], scale: float = 1.0, **style: Any
+) -> None:
     for key, label in series.items():
         points = [(step, line[key] * scale) for step, line in steps.items() if line.get(key) is not None]
         if points:
@@ -88,10 +90,12 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     )
     spent, position = (weights * one["divergence"])[mask], range(1, int(mask.sum()) + 1)
     blocked = ~region.keep[mask]
+    returning = region.keep[mask] & (region.token_exceeded | region.prefix_exceeded)[mask] & (spent > 0)
     by_token = blocked & region.token_exceeded[mask]
     figure, axis = plt.subplots(figsize=(10, 4), constrained_layout=True)
-    axis.bar(position, spent, color="#9ecae1", label="$w_t D_t$, kept")
+    axis.bar(position, spent, color="#9ecae1", label="$w_t D_t$, kept: within $c_t$")
     for chosen, colour, label in (
+        (returning, "#74c476", "kept: moves back to the rollout"),
         (by_token, "#de2d26", "masked: token threshold"),
         (blocked & ~by_token, "#fd8d3c", "masked: prefix budget"),
     ):

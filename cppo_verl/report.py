@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 
 from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
-from cppo_verl.run_log import read_metrics
+from cppo_verl.run_log import read_lines, read_metrics
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ class RunReport:
         masked = self.masked()
         if masked:
             rows.append(
-                ("masked tokens", f"{masked['masked']:.2%} (token {masked['token']:.2%}, prefix {masked['prefix']:.2%})")
+                (
+                    "masked tokens",
+                    f"{masked['masked']:.2%} (token {masked['token']:.2%}, prefix {masked['prefix']:.2%})",
+                )
             )
         for name in ("metrics.jsonl", "config.yaml", "validation", "checkpoints", "plots", "logs"):
             if (self.folder / name).exists():
@@ -112,3 +116,37 @@ def _correct(path: Path) -> dict[str, dict[str, list[bool]]]:
         source = result.setdefault(str(sample.get("data_source", "validation")), {})
         source.setdefault(sample["input"], []).append(sample["acc"] > 0.5)
     return result
+
+
+def bench_rows(folder: Path) -> list[tuple[str, str]]:
+    """Median ratio "ours / other" of each timing with its 95% bootstrap interval over rounds; also in bench.json."""
+    rounds: dict[int, dict[str, dict[str, float]]] = {}
+    for line in read_lines(folder / "bench.jsonl"):
+        rounds.setdefault(line["round"], {})[line["variant"]] = line
+    complete = [entry for entry in rounds.values() if len(entry) == 3]
+    figures, rows = [], []
+    for other in ("stock", "stock, bypass off"):
+        for timing in ("step", "update_actor"):
+            ratios = np.array([entry["ours"][timing] / entry[other][timing] for entry in complete])
+            interval = bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
+            seconds = {name: float(np.median([entry[name][timing] for entry in complete])) for name in ("ours", other)}
+            figures.append(
+                {
+                    "against": other,
+                    "timing": timing,
+                    "rounds": len(complete),
+                    "median_ratio": float(np.median(ratios)),
+                    "low": float(interval.low),
+                    "high": float(interval.high),
+                    "median_seconds": seconds,
+                }
+            )
+            rows.append(
+                (
+                    f"{timing} / {other}",
+                    f"{np.median(ratios):.3f} (95% {interval.low:.3f} to {interval.high:.3f}, {len(complete)} rounds; "
+                    f"{seconds['ours']:.2f} s against {seconds[other]:.2f} s)",
+                )
+            )
+    (folder / "bench.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return rows

@@ -1,6 +1,6 @@
 """The files a run writes while it trains: ``metrics.jsonl`` (one line per step or validation) and ``events.jsonl``.
 
-Shared by the training process, which appends, and the command line, which follows and reads them. Standard library only.
+Shared by the training process, which appends, and the command line, which follows them. Standard library only.
 """
 
 import json

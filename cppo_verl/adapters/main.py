@@ -21,6 +21,8 @@ from cppo_verl.run_log import RunLog
 class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
     """verl's V1 task runner with our trainer; the trainer mode stays "sync", which verl compares by name."""
 
+    trainer_class: type | None = None  # TrustRegionTrainer; imported in the runner's own process
+
     def run(self, config: DictConfig) -> None:
         import transfer_queue as tq
         from verl.utils.logging_utils import configure_verl_logging
@@ -31,15 +33,14 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
         config.transfer_queue.enable = True
         OmegaConf.resolve(config)
         self.config = config
-        log = RunLog(f"{config.run.dir}/{config.run.name}")
-        log.event("starting workers")
+        RunLog(f"{config.run.dir}/{config.run.name}").event("starting workers")
         tq.init(config.transfer_queue)
         succeeded = False
         try:
-            self.trainer = TrustRegionTrainer(config=config)
+            self.trainer = (self.trainer_class or TrustRegionTrainer)(config=config)
             self.trainer.init()
             self.init_agent_loop_manager()
-            self.trainer.fit(self.agent_loop_manager)
+            self.fit(config)
             succeeded = True
         finally:
             tracking = getattr(self.trainer, "logger", None)
@@ -47,23 +48,25 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
                 tracking.finish(exit_code=0 if succeeded else 1)
             tq.close()
 
+    def fit(self, config: DictConfig) -> None:
+        self.trainer.fit(self.agent_loop_manager)
 
-def train(config: DictConfig) -> None:
+
+def train(config: DictConfig, runner: Any = TaskRunner) -> None:
     """Run one training to its end. Errors of workers arrive here as Ray's task errors."""
     compat.check()
     if config.trainer.device == "cpu" and not cpu_platform.active():
         raise RuntimeError("trainer.device=cpu needs VERL_PLATFORM=cpu in the environment; cppo train sets it")
-    validate_config(
-        config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
-    )
-    run_ppo(config, task_runner_class=TaskRunner)
+    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    run_ppo(config, task_runner_class=runner)
 
 
-def main(folder: str) -> None:
+def run(folder: str, runner: Any = TaskRunner) -> None:
+    """Train what RUN_FOLDER/config.yaml says; the outcome is the last event of the folder."""
     log = RunLog(folder)
     log.event("starting Ray")
     try:
-        train(OmegaConf.load(Path(folder) / "config.yaml"))
+        train(OmegaConf.load(Path(folder) / "config.yaml"), runner)
     except BaseException as error:
         cause: Any = getattr(error, "cause", None) or error
         log.event("failed", error=type(cause).__name__, message=str(cause))
@@ -72,4 +75,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run(sys.argv[1])

@@ -1,4 +1,4 @@
-"""verl's synchronous V1 trainer with the pieces CPPO needs: our worker, mask_std_0, per-response seeds, the run's log."""
+"""verl's synchronous V1 trainer with what CPPO needs: our worker, mask_std_0, per-response seeds, the run's log."""
 
 from typing import Any
 
@@ -156,13 +156,21 @@ def _sample_number(key: str) -> int:
 
 def _zero_variance_rows(batch: KVBatchMeta) -> tuple[list[int], int]:
     """Rows of groups in which every response has the same ``acc`` (padding rows left out), and the number of groups."""
-    accuracy = [float(extra["reward_extra_info"]["acc"]) for extra in _column(batch, "extra_fields")]
+    accuracy = [_accuracy(extra) for extra in _column(batch, "extra_fields")]
     groups: dict[str, list[int]] = {}
     for row, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
         if not tag.get("is_padding", False):
             groups.setdefault(key.rsplit("_", 2)[0], []).append(row)
     constant = [rows for rows in groups.values() if len({accuracy[row] for row in rows}) == 1]
     return [row for rows in constant for row in rows], len(groups)
+
+
+def _accuracy(extra_fields: dict[str, Any]) -> float:
+    """The verdict of a response: shaping may change its score, not whether a group carries a signal."""
+    verdict = extra_fields.get("reward_extra_info", {})
+    if "acc" not in verdict:
+        raise ValueError(f"the reward function must return a dict with score and acc (1 right, 0 wrong); got {verdict}")
+    return float(verdict["acc"])
 
 
 def _clear_loss_mask(batch: KVBatchMeta, rows: list[int]) -> None:

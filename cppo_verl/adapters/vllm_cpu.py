@@ -4,8 +4,11 @@ import os
 
 
 def register() -> None:
-    """Keep Linear weights updatable. vLLM's CPU backend repacks them after loading and drops the parameter, so the first
-    weight sync of a training run would fail; a plain ``F.linear`` on the kept parameter serves both."""
+    """Keep Linear weights updatable.
+
+    vLLM's CPU backend repacks them after loading and drops the parameter, so the first weight sync of a training run
+    would fail; a plain ``F.linear`` on the kept parameter serves both.
+    """
     if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
         return
     import torch

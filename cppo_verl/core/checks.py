@@ -21,7 +21,7 @@ def require_positive(name: str, value: float) -> None:
 
 
 def require_not_nan(valid: Tensor, **tensors: Tensor) -> None:
-    """Raise ValueError naming the first tensor that is NaN on a valid token. Waits for the device once when all is well."""
+    """Raise ValueError naming the first tensor that is NaN on a valid token. Waits for the device once."""
     bad = {name: (torch.isnan(tensor) & valid).any() for name, tensor in tensors.items()}
     if bool(torch.stack(list(bad.values())).any()):
         culprit = next(name for name, flag in bad.items() if bool(flag))

@@ -106,5 +106,6 @@ def _check_topk(
             raise ValueError(f"{name} must have shape {[*log_prob.shape, 'K']}, got {list(tensor.shape)}")
     if topk_log_prob.shape != rollout_topk_log_prob.shape:
         raise ValueError(
-            f"topk_log_prob has K = {topk_log_prob.shape[-1]}, rollout_topk_log_prob has {rollout_topk_log_prob.shape[-1]}"
+            f"topk_log_prob has K = {topk_log_prob.shape[-1]}, "
+            f"rollout_topk_log_prob has {rollout_topk_log_prob.shape[-1]}"
         )

@@ -184,7 +184,9 @@ def _check_region(
         weights=weights,
     )
     if delta_b is not None and delta_b.shape != (valid.shape[0],):
-        raise ValueError(f"delta_b must have shape [{valid.shape[0]}] (one budget a response), got {list(delta_b.shape)}")
+        raise ValueError(
+            f"delta_b must have shape [{valid.shape[0]}] (one budget a response), got {list(delta_b.shape)}"
+        )
     if not validate:
         return
     require_positive("delta", delta)

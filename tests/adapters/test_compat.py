@@ -33,7 +33,9 @@ def gpu_vllm(tmp_path_factory):
         pytest.skip(f"vLLM {GPU_VLLM} cannot be downloaded here: {done.stderr.strip().splitlines()[-1:]}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder, [file for file in archive.namelist() if file.startswith("vllm/") and file.endswith(".py")])
+        archive.extractall(
+            folder, [file for file in archive.namelist() if file.startswith("vllm/") and file.endswith(".py")]
+        )
     wheel.unlink()
     return folder / "vllm"
 

@@ -26,7 +26,9 @@ def run_engine(config, folder, world):
     command = [sys.executable, str(ENGINE), str(folder / "config.yaml"), str(out)]
     environment = {**os.environ, "VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1"}
     ranks = [
-        subprocess.Popen([*command, str(rank), str(world), str(port)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(port)], env=environment, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(world)
     ]
     for process in ranks:

@@ -102,7 +102,9 @@ def test_an_installed_wheel_composes_outside_the_checkout(wheel, overrides, tmp_
         capture_output=True,
         timeout=120,
     )
-    code = "import sys, cppo_verl; from cppo_verl.cli import main; print(cppo_verl.__file__); sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import sys, cppo_verl; from cppo_verl.cli import main; print(cppo_verl.__file__); sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "--dry-run", *overrides],
         capture_output=True,

@@ -64,7 +64,9 @@ def test_one_line_selects_a_method_with_its_own_divergence(base, name):
         pytest.param(["method=trm_max_avg"], {"delta_max": 0.1, "delta_avg": 0.002}, id="TRM-Max-Avg"),
         pytest.param(["method=grpo"], {"eps_low": 0.2, "eps_high": 0.28}, id="GRPO clip-higher"),
         pytest.param(["method=cispo"], {"eps_low": 1.0, "eps_high": 4.0}, id="CISPO"),
-        pytest.param(["method.delta_b=0.02", "method.delta_b_quantile=0.9"], {"delta_b_quantile": 0.9}, id="calibrated"),
+        pytest.param(
+            ["method.delta_b=0.02", "method.delta_b_quantile=0.9"], {"delta_b_quantile": 0.9}, id="calibrated"
+        ),
         pytest.param(["method.delta_b=null"], {"delta_b": None}, id="no prefix budget"),
     ],
 )
@@ -111,6 +113,8 @@ REFUSED = [
     (["actor_rollout_ref.rollout.calculate_log_probs=false"], "log-probabilities are needed; set true"),
     (["actor_rollout_ref.rollout.n=1"], "a group of one has no relative advantage"),
     (["actor_rollout_ref.actor.ppo_mini_batch_size=7"], "must be a multiple of"),
+    (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=48"], "must divide the 128 responses of a minibatch"),
+    (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null"], "ppo_micro_batch_size_per_gpu is not set"),
     (["actor_rollout_ref.actor.grad_clip=0.5"], "set actor_rollout_ref.actor.optim.clip_grad"),
     (["actor_rollout_ref.model.path=/no/such/model"], "actor_rollout_ref.model.path=/no/such/model does not exist"),
     (["actor_rollout_ref.model.path=null"], "actor_rollout_ref.model.path is not set"),

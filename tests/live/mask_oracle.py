@@ -1,4 +1,4 @@
-"""CPPO's mask as a plain float64 loop over one response, fed with dumped log-probabilities, advantages and masks only."""
+"""CPPO's mask as a plain float64 loop over one response, fed with dumped log-probabilities and masks only."""
 
 import math
 

@@ -1,7 +1,7 @@
 """One live stack (verl + Ray + vLLM) on which methods are swapped in place: ``python stack.py RUN_FOLDER``.
 
-RUN_FOLDER/config.yaml is what ``cppo train`` would have written; stages.yaml lists, for each stage, its name, the number
-of steps and the nodes of the configuration that change. One JSON line per stage goes to stages.jsonl.
+RUN_FOLDER/config.yaml is what ``cppo train`` would have written; stages.yaml lists, for each stage, its name, number of
+steps and the nodes of the configuration that change. One JSON line per stage goes to stages.jsonl.
 """
 
 import json
@@ -64,23 +64,9 @@ def _main(folder: Path) -> None:
     class StagedRunner(TaskRunner.__ray_metadata__.modified_class):
         """Runs every stage with the trainer's own fit(), between which the loss function is replaced."""
 
-        def run(self, config):
-            import transfer_queue as tq
-
-            from cppo_verl.adapters.trainer import TrustRegionTrainer
-
-            config.transfer_queue.enable = True
-            OmegaConf.resolve(config)
-            self.config = config
-            tq.init(config.transfer_queue)
-            try:
-                self.trainer = TrustRegionTrainer(config=config)
-                self.trainer.init()
-                self.init_agent_loop_manager()
-                for stage in stages:
-                    self.train(stage)
-            finally:
-                tq.close()
+        def fit(self, config):
+            for stage in stages:
+                self.train(stage)
 
         def train(self, stage):
             trainer = self.trainer

@@ -69,7 +69,9 @@ def test_mask_of_the_training_step_is_the_papers(dumps):
                     compared += 1
                     by_token += not want and cause == "token"
                     by_prefix += not want and cause == "prefix"
-    print(f"compared {compared} tokens, {near} within 1e-6 of a threshold; masked: token {by_token}, prefix {by_prefix}")
+    print(
+        f"compared {compared} tokens, {near} within 1e-6 of a threshold; masked: token {by_token}, prefix {by_prefix}"
+    )
     assert by_token + by_prefix >= 20
     assert min(by_token, by_prefix) > 0
 
@@ -84,7 +86,9 @@ def test_reported_shares_are_those_of_the_dump(dumps, stages):
     line = stages["cppo"][2]
     assert line["trust_region/tokens"] == valid.sum()
     assert line["trust_region/masked"] == pytest.approx((masked.sum() / valid.sum()).item(), rel=1e-6)
-    assert line["trust_region/masked_by_token"] == pytest.approx(((masked & cause).sum() / valid.sum()).item(), rel=1e-6)
+    assert line["trust_region/masked_by_token"] == pytest.approx(
+        ((masked & cause).sum() / valid.sum()).item(), rel=1e-6
+    )
     assert line["divergence/mean"] == pytest.approx(divergence[valid].mean().item(), rel=1e-6)
     assert line["divergence/p99"] == pytest.approx(divergence[valid].quantile(0.99).item(), rel=0.08)
 

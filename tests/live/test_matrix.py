@@ -52,7 +52,9 @@ def share(matrix, name, metric):
     return max(line[metric] for line in matrix[name])
 
 
-@pytest.mark.parametrize("name", ["cppo", "dppo", "trm_max", "trm_avg", "cppo over KL", "soft gate", "shuffled weights"])
+@pytest.mark.parametrize(
+    "name", ["cppo", "dppo", "trm_max", "trm_avg", "cppo over KL", "soft gate", "shuffled weights"]
+)
 def test_a_mask_really_masks(matrix, name):
     assert share(matrix, name, "trust_region/masked") > 0
 

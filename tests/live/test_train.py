@@ -113,7 +113,14 @@ def test_a_failure_shows_its_cause(overrides, tmp_path):
     reward = tmp_path / "broken.py"
     reward.write_text("def compute_score(*args, **kwargs):\n    raise RuntimeError('the reward is broken')\n")
     done = subprocess.run(
-        [CPPO, "train", *overrides, f"run.dir={tmp_path}", "run.name=broken", f"reward.custom_reward_function.path={reward}"],
+        [
+            CPPO,
+            "train",
+            *overrides,
+            f"run.dir={tmp_path}",
+            "run.name=broken",
+            f"reward.custom_reward_function.path={reward}",
+        ],
         capture_output=True,
         text=True,
         timeout=600,
