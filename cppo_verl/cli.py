@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--dry-run", action="store_true", help="compose, check and print the configuration, then stop")
     bench = commands.add_parser("bench", help="seconds per step against stock verl GRPO")
     bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as for train")
-    bench.add_argument("--rounds", type=int, default=30, help="rounds of one step of each variant (default 30)")
+    bench.add_argument("--rounds", type=int, default=30, help="rounds of one step of each variant, 2 or more")
     plot = commands.add_parser("plot", help="draw the plots of a run folder")
     plot.add_argument("run", type=Path, help="run folder")
     # argparse gives up on positionals that follow an option; recipes append "$@" after theirs.
@@ -73,6 +73,9 @@ def _train(overrides: list[str], dry_run: bool) -> int:
 
 
 def _bench(overrides: list[str], rounds: int) -> int:
+    if rounds < 2:
+        print("cppo bench: --rounds must be 2 or more; an interval needs at least two", file=sys.stderr)
+        return 2
     fixed = [
         "trainer.val_before_train=false",
         "trainer.test_freq=-1",

@@ -14,7 +14,10 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl.adapters import compat
+
 GROUPS = ("method", "divergence", "platform", "recipe")
+_OPTIONAL = {"recipe": ("null",)}
 
 
 class ConfigError(ValueError):
@@ -40,7 +43,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     if not any(override.startswith("platform=") for override in overrides):
         chosen.append(f"platform={'gpu' if has_gpu() else 'cpu'}")
     # The same folder as pkg://verl.trainer.config, found without importing verl (5 s).
-    chosen.append(f"hydra.searchpath=[file://{_verl_config_dir()}]")
+    chosen.append(f"hydra.searchpath=['file://{_verl_config_dir()}']")
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
             config = hydra_compose("train", overrides=chosen)
@@ -65,15 +68,15 @@ def validate(config: DictConfig) -> None:
     for check in _CHECKS:
         try:
             problems += check(config)
-        except OmegaConfBaseException as error:
-            problems.append(str(error).splitlines()[0])
+        except (OmegaConfBaseException, TypeError) as error:  # a value of a type that cannot be compared, e.g. null
+            problems.append(f"a setting has a value of the wrong type: {str(error).splitlines()[0]}")
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
 
 def _check_choice(override: str) -> None:
     group, separator, value = override.partition("=")
-    if separator and group in GROUPS and value not in choices(group):
+    if separator and group in GROUPS and value not in (*choices(group), *_OPTIONAL.get(group, ())):
         raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(choices(group))}")
 
 
@@ -94,6 +97,16 @@ def _fill_in_run(config: DictConfig) -> None:
     model = config.actor_rollout_ref.model
     if model.path is not None and Path(model.path).expanduser().exists():
         model.path = str(Path(model.path).expanduser().absolute())
+    for key in ("train_files", "val_files"):
+        files = config.data[key]
+        if isinstance(files, ListConfig):
+            config.data[key] = [_absolute(file) for file in files]
+        elif files is not None:
+            config.data[key] = _absolute(files)
+
+
+def _absolute(file: str) -> str:
+    return file if "://" in file else str(Path(file).expanduser().absolute())
 
 
 def _check_method(config: DictConfig) -> Iterator[str]:
@@ -163,12 +176,25 @@ def _check_engine(config: DictConfig) -> Iterator[str]:
         yield "actor_rollout_ref.actor.pad_to_length=true pads packed sequences; it needs model.use_remove_padding=true"
     if on_cpu and actor.strategy != "fsdp2":
         yield f"actor_rollout_ref.actor.strategy={actor.strategy}: on the CPU only fsdp2 runs"
+    sizes = {
+        "data.train_batch_size": config.data.train_batch_size,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": actor.ppo_mini_batch_size,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.ppo_micro_batch_size_per_gpu,
+    }
+    wrong = [f"{name} must be a positive number; got {size}" for name, size in sizes.items() if _not_positive(size)]
+    if wrong:
+        yield from wrong
+        return
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         yield (
             f"data.train_batch_size={config.data.train_batch_size} must be a multiple of "
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (both count prompts)"
         )
     yield from _check_micro_batch(config)
+
+
+def _not_positive(size: Any) -> bool:
+    return size is not None and (not isinstance(size, int) or size < 1)
 
 
 def _check_micro_batch(config: DictConfig) -> Iterator[str]:
@@ -184,8 +210,14 @@ def _check_micro_batch(config: DictConfig) -> Iterator[str]:
         )
         return
     responses = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
-    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node // _model_parallel_size(config)
-    if responses % (ranks * micro):
+    devices, split = config.trainer.nnodes * config.trainer.n_gpus_per_node, _model_parallel_size(config)
+    ranks = devices // split
+    if ranks < 1:
+        yield (
+            f"trainer.nnodes x trainer.n_gpus_per_node = {devices} is less than one copy of the model takes ({split}: "
+            "tensor, pipeline, context and sequence parallelism)"
+        )
+    elif responses % (ranks * micro):
         yield (
             f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} must divide the {responses} responses of a "
             f"minibatch (ppo_mini_batch_size x rollout.n) spread over {ranks} data-parallel ranks"
@@ -225,13 +257,16 @@ def _in_hub_cache(repository: str) -> bool:
 def _check_data(config: DictConfig) -> Iterator[str]:
     for key, needed in (("train_files", config.data.train_batch_size), ("val_files", 1)):
         if config.data[key] is None:
-            yield f"data.{key} is not set: give a parquet file (cppo prepare makes them) or a list of them"
+            yield f"data.{key} is not set: give a parquet file or a list of them"
             continue
         files = config.data[key]
         files = list(files) if isinstance(files, ListConfig) else [files]
         rows = 0
         for file in files:
-            problem, count = _inspect_data_file(Path(file).expanduser(), config.data.prompt_key)
+            if "://" in str(file):  # a remote file system, which verl reads itself
+                rows = 1 << 60
+                continue
+            problem, count = _inspect_data_file(Path(file), config.data.prompt_key)
             rows += count
             if problem:
                 yield f"data.{key}: {file} {problem}"
@@ -273,21 +308,28 @@ def _check_run(config: DictConfig) -> Iterator[str]:
         yield f"run.name={name}: a plain folder name is needed"
     elif folder.exists() and not config.run.resume:
         yield f"run.name={name} is in use ({folder}): choose another name, or continue it with run.resume=true"
-    elif config.run.resume and not folder.exists():
-        yield f"run.resume=true, but there is no run {folder}"
+    elif config.run.resume and not (folder / "config.yaml").exists():
+        yield f"run.resume=true, but there is no run {folder}: give the run.name (and run.dir) of the run to continue"
+    elif config.run.resume:
+        yield from _changed_since(folder / "config.yaml", config)
+
+
+def _changed_since(stored_file: Path, config: DictConfig) -> Iterator[str]:
+    """What makes a run another experiment must be the same when it goes on."""
+    stored = OmegaConf.load(stored_file)
+    for key in ("method", "divergence", "run.seed", "actor_rollout_ref.model.path", "data.train_batch_size"):
+        before, now = OmegaConf.select(stored, key), OmegaConf.select(config, key)
+        if isinstance(now, DictConfig):
+            now = OmegaConf.create(OmegaConf.to_container(now, resolve=True))
+        if before != now:
+            yield f"run.resume=true: {key} was {before} in this run and is {now} now; repeat the run's own settings"
 
 
 def _check_versions(config: DictConfig) -> Iterator[str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from cppo_verl.requirements import VERL_VERSION
-
     try:
-        found = version("verl")
-    except PackageNotFoundError:
-        found = "none"
-    if found != VERL_VERSION:
-        yield f"verl {found} is installed, but cppo_verl works with verl {VERL_VERSION} only; run scripts/setup.sh"
+        compat.check_verl_version()
+    except compat.IncompatibleError as error:
+        yield str(error)
 
 
 _CHECKS: tuple[Callable[[DictConfig], Iterator[str]], ...] = (
@@ -300,9 +342,3 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[str]], ...] = (
     _check_data,
     _check_run,
 )
-
-
-def describe(config: DictConfig) -> dict[str, Any]:
-    """The settings of our own, resolved, for the terminal and the manifest."""
-    nodes = ("method", "divergence", "run")
-    return {node: OmegaConf.to_container(config[node], resolve=True) for node in nodes}

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cppo_verl.report import RunReport
+from cppo_verl.run_log import accuracies
 
 # Phases in which nothing is counted, with what is being waited for.
 _WAITING = {
@@ -115,13 +116,8 @@ class RunDisplay:
 
 
 def _mean_accuracy(line: Mapping[str, Any]) -> str | None:
-    """ "Avg@16 arithmetic 0.312" for each validation set of a metrics line."""
-    found = []
-    for key, value in line.items():
-        if key.startswith("val-core/") and "/acc/mean@" in key and value is not None:
-            source, _, samples = key.removeprefix("val-core/").partition("/acc/mean@")
-            found.append(f"Avg@{samples} {source} {value:.3f}")
-    return "  ".join(found) or None
+    """ "arithmetic Avg@16 0.312" for each validation set of a metrics line."""
+    return "  ".join(f"{label} {value:.3f}" for label, value in accuracies(line).values()) or None
 
 
 def _masked_text(line: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Starts a training process, shows its progress, and leaves nothing running when it ends, however it ends."""
 
+import fcntl
 import json
 import os
 import signal
@@ -48,20 +49,33 @@ def launch(config: DictConfig, command: list[str], module: str = "cppo_verl.adap
     The run folder is made here, after all checks.
     """
     folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"cppo: run {folder} is still going on in another process", file=sys.stderr)
+            return 2
+        return _launch(config, command, module, folder)
+
+
+def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -> int:
     log_file = prepare_folder(config, folder, command)
     display = RunDisplay(folder, log_file)
     tag = uuid.uuid4().hex
+    process = None
     with _termination_as_interrupt(), open(log_file, "ab") as log:
-        process = _start(module, folder, log, environment(config, tag))
         try:
+            process = _start(module, folder, log, environment(config, tag))
             with display:
                 status = _follow(process, folder, display)
         except KeyboardInterrupt:
             display.interrupted()
-            process.send_signal(signal.SIGINT)
+            if process is not None:
+                process.send_signal(signal.SIGINT)
             status = 130
         finally:
-            end_run(process, tag, patience=0 if process.poll() is not None else 15)
+            end_run(process, tag, patience=15)
     if status == 0:
         display.summary()
     elif status != 130:
@@ -71,9 +85,10 @@ def launch(config: DictConfig, command: list[str], module: str = "cppo_verl.adap
 
 def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path:
     """Make or reopen the run folder: resolved config, manifest of this attempt. Returns the attempt's log file."""
-    (folder / "logs").mkdir(parents=True, exist_ok=bool(config.run.resume))
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
     attempt = 1 + len(list((folder / "logs").glob("train-*.log")))
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    OmegaConf.save(config, folder / "logs" / f"config-{attempt}.yaml", resolve=True)
     record = {"attempt": attempt, **manifest(command)}
     path = folder / "manifest.json"
     attempts = json.loads(path.read_text())["attempts"] if path.exists() else []
@@ -139,26 +154,28 @@ class _Tail:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """A polite kill (a job scheduler's SIGTERM) ends the run in the same order as Ctrl-C."""
+    """A polite kill (a job scheduler's SIGTERM, a terminal that closes) ends the run in the same order as Ctrl-C."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def end_run(process: subprocess.Popen[bytes], tag: str, patience: float) -> None:
+def end_run(process: subprocess.Popen[bytes] | None, tag: str, patience: float) -> None:
     """Wait ``patience`` seconds for the process to end, then stop every process that carries the run's tag."""
-    ignore = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A second signal must not stop the clean-up half-way.
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in ending}
     try:
-        try:
-            process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            process.terminate()
+        if process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=patience)
         leftovers = _tagged(tag)
         for leftover in leftovers:
             _quietly(leftover.terminate)
@@ -167,7 +184,8 @@ def end_run(process: subprocess.Popen[bytes], tag: str, patience: float) -> None
             _quietly(leftover.kill)
         psutil.wait_procs(list(alive), timeout=5)
     finally:
-        signal.signal(signal.SIGINT, ignore)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _tagged(tag: str) -> list[psutil.Process]:

@@ -258,9 +258,6 @@ class MinPro:
         return _unmasked(loss)
 
 
-Method = Cppo | Dppo | Trm | Grpo | Cispo | MinPro
-
-
 def _log_ratio(tokens: Tokens) -> Tensor:
     return tokens.log_prob.detach().float() - tokens.rollout_log_prob.float()
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cppo_verl.run_log import read_metrics
+from cppo_verl.run_log import accuracies, read_metrics
 
 
 def plot_run(folder: Path) -> list[Path]:
@@ -25,8 +25,8 @@ def _plot_training(steps: dict[int, dict[str, Any]], path: Path) -> Path:
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     _curve(axes[0, 0], steps, {"critic/score/mean": "training reward"})
-    validation = sorted({key for line in steps.values() for key in line if _is_accuracy(key)})
-    _curve(axes[0, 0], steps, {key: _accuracy_label(key) for key in validation}, marker="o")
+    validation = {key: label for line in steps.values() for key, (label, _) in accuracies(line).items()}
+    _curve(axes[0, 0], steps, validation, marker="o")
     axes[0, 0].set_title("reward and validation")
     causes = {"trust_region/masked_by_token": "token threshold", "trust_region/masked_by_prefix": "prefix budget"}
     _curve(axes[0, 1], steps, causes, scale=100)
@@ -44,15 +44,6 @@ def _plot_training(steps: dict[int, dict[str, Any]], path: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
-
-
-def _is_accuracy(key: str) -> bool:
-    return key.startswith("val-core/") and "/acc/mean@" in key
-
-
-def _accuracy_label(key: str) -> str:
-    source, _, samples = key.removeprefix("val-core/").partition("/acc/mean@")
-    return f"{source} Avg@{samples}"
 
 
 def _curve(

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
-from cppo_verl.run_log import read_lines, read_metrics
+from cppo_verl.run_log import BENCH, read_lines, read_metrics
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,15 @@ class RunReport:
         for change in self.changes:
             rows.append(
                 (
-                    f"Avg@{change.samples} {change.source}",
+                    f"{change.source} Avg@{change.samples}",
                     f"{change.before:.1%} -> {change.after:.1%}   {100 * change.difference:+.1f} points "
                     f"(95% interval {100 * change.low:+.1f} to {100 * change.high:+.1f}, {change.problems} problems)",
                 )
             )
+        for name in ("rollout", "validation"):
+            missing = sum(line.get(f"{name}/missing_responses") or 0 for line in self.steps.values())
+            if missing:
+                rows.append((f"failed {name}", f"{missing} responses could not be generated or graded (see the log)"))
         masked = self.masked()
         if masked:
             rows.append(
@@ -96,7 +100,15 @@ def validation_changes(folder: Path) -> list[ValidationChange]:
     before, after = _correct(files[first]), _correct(files[last])
     changes = []
     for source in sorted(before.keys() & after.keys()):
-        problems = sorted(before[source].keys() & after[source].keys())
+        # Only problems with every sample at both ends are paired; missing samples are a metric of their own.
+        samples = max(len(verdicts) for verdicts in [*before[source].values(), *after[source].values()])
+        problems = [
+            problem
+            for problem, verdicts in sorted(before[source].items())
+            if len(verdicts) == len(after[source].get(problem, ())) == samples
+        ]
+        if len(problems) < 2:
+            continue
         a = np.array([before[source][problem] for problem in problems], dtype=bool)
         b = np.array([after[source][problem] for problem in problems], dtype=bool)
         difference, low, high, p_value = paired_difference(b, a)
@@ -108,20 +120,21 @@ def validation_changes(folder: Path) -> list[ValidationChange]:
     return changes
 
 
-def _correct(path: Path) -> dict[str, dict[str, list[bool]]]:
-    """data source -> problem (its prompt text) -> one verdict per sample, from verl's validation samples."""
-    result: dict[str, dict[str, list[bool]]] = {}
+def _correct(path: Path) -> dict[str, dict[tuple[str, str], list[bool]]]:
+    """data source -> problem (prompt text, gold) -> one verdict per sample; samples without a verdict are left out."""
+    result: dict[str, dict[tuple[str, str], list[bool]]] = {}
     for text in path.read_text().splitlines():
         sample = json.loads(text)
-        source = result.setdefault(str(sample.get("data_source", "validation")), {})
-        source.setdefault(sample["input"], []).append(sample["acc"] > 0.5)
+        if sample.get("acc") is not None:
+            source = result.setdefault(str(sample.get("data_source", "validation")), {})
+            source.setdefault((sample["input"], str(sample.get("gts"))), []).append(sample["acc"] > 0.5)
     return result
 
 
 def bench_rows(folder: Path) -> list[tuple[str, str]]:
     """Median ratio "ours / other" of each timing with its 95% bootstrap interval over rounds; also in bench.json."""
     rounds: dict[int, dict[str, dict[str, float]]] = {}
-    for line in read_lines(folder / "bench.jsonl"):
+    for line in read_lines(folder / BENCH):
         rounds.setdefault(line["round"], {})[line["variant"]] = line
     complete = [entry for entry in rounds.values() if len(entry) == 3]
     figures, rows = [], []

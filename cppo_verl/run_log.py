@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, BENCH = "metrics.jsonl", "events.jsonl", "bench.jsonl"
 
 
 class RunLog:
@@ -22,7 +22,7 @@ class RunLog:
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics of ``step``; later lines of the same step add to and override earlier ones."""
-        self._append(METRICS, {"step": int(step), "time": time.time(), **{k: _plain(v) for k, v in values.items()}})
+        self._append(METRICS, {"step": int(step), "time": time.time(), **_scalars(values)})
 
     def event(self, name: str, **details: Any) -> None:
         """Something a person waiting would want to know: a phase that begins, a failure."""
@@ -59,6 +59,21 @@ def read_metrics(folder: str | Path) -> dict[int, dict[str, Any]]:
     for line in read_lines(path) if path.exists() else ():
         steps.setdefault(line["step"], {}).update(line)
     return dict(sorted(steps.items()))
+
+
+def accuracies(line: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
+    """metric name -> ("AIME24 Avg@16", value) for every validation accuracy in a line of metrics."""
+    found = {}
+    for key, value in line.items():
+        if key.startswith("val-core/") and "/acc/mean@" in key and value is not None:
+            source, _, samples = key.removeprefix("val-core/").partition("/acc/mean@")
+            found[key] = (f"{source} Avg@{samples}", value)
+    return found
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without verl's internal records, which are dicts (and leave its own metrics before they are logged)."""
+    return {name: _plain(value) for name, value in values.items() if not isinstance(value, Mapping)}
 
 
 def _plain(value: Any) -> Any:

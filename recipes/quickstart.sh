@@ -8,15 +8,15 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/scripts/setup.sh"
 bin=${VENV:-$root/.venv}/bin
-assets=${ASSETS:-runs/quickstart-assets}
 
 seed=${SEED:-0}
+assets=${ASSETS:-runs/quickstart-assets-$seed}
 
 "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed"
 
 settings=(
   recipe=quickstart
-  quickstart.assets="$(cd "$assets" && pwd)"
+  "quickstart.assets='$(cd "$assets" && pwd)'"
   run.seed="$seed"
 )
 exec "$bin/cppo" train "${settings[@]}" "$@"

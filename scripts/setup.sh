@@ -11,26 +11,32 @@ requirements=$root/scripts/requirements
 torch_cpu=torch==2.13.0+cpu
 torch_index=${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}
 
-if [[ -e /proc/driver/nvidia/version ]]; then stack=gpu; else stack=cpu; fi
+if [[ -e /proc/driver/nvidia/version || -e /dev/nvidia0 ]]; then stack=gpu; else stack=cpu; fi
 stack=${1:-$stack}
 if [[ $stack != cpu && $stack != gpu ]]; then
   echo "usage: scripts/setup.sh [cpu|gpu]" >&2
   exit 2
 fi
 
+# The locked CPU stack (numpy, pandas, scipy) starts at 3.11.
+oldest=10
+if [[ $stack == cpu ]]; then oldest=11; fi
+
 say() { printf '%5d s  %s\n' "$SECONDS" "$*"; }
 
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3; do
-    if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+    if [[ -n $candidate ]] && "$candidate" -c "import sys; sys.exit(not (3, $oldest) <= sys.version_info[:2] < (3, 13))" 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "setup: Python 3.10, 3.11 or 3.12 is needed (tested: 3.11); set PYTHON=/path/to/python" >&2
+  echo "setup: the $stack stack needs Python 3.$oldest to 3.12 (tested: 3.11); set PYTHON=/path/to/python" >&2
   exit 1
 }
+
+python=$(find_python)
 
 # The stamp says for which inputs the environment was completed.
 stamp=$venv/.cppo-setup
@@ -40,7 +46,13 @@ if [[ -f $stamp && $(<"$stamp") == "$fingerprint" ]]; then
   exit 0
 fi
 
-[[ -x $venv/bin/python ]] || "$(find_python)" -m venv "$venv"
+if [[ -f $venv/.cppo-stack && $(<"$venv/.cppo-stack") != "$stack" ]]; then
+  echo "setup: $venv holds the $(<"$venv/.cppo-stack") stack, whose vLLM excludes the $stack one; remove it, or set VENV=another/folder" >&2
+  exit 1
+fi
+# --clear: an interrupted creation leaves an interpreter without pip.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
+echo "$stack" >"$venv/.cppo-stack"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
 log=$venv/setup.log
 step() { # step "what" command...: quiet on success, the log's end on failure

@@ -3,7 +3,7 @@
 # Without arguments: style, types and the default tests. "-m slow" runs the long end-to-end tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup.sh "${CPPO_STACK:-cpu}"
+scripts/setup.sh ${CPPO_STACK:+"$CPPO_STACK"}
 bin=${VENV:-.venv}/bin
 if (($# == 0)); then
   "$bin/ruff" check .

@@ -8,7 +8,7 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from cppo_verl.adapters.seeding import response_seed
+from cppo_verl.adapters.seeding import problem_key, response_seed
 
 
 @register("cppo_single_turn")
@@ -18,6 +18,7 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
         run = self.config.run
         if run.seeded_rollout:
-            seed = response_seed(run.seed, kwargs["global_steps"], kwargs["index"], kwargs["session_id"])
+            problem = problem_key(kwargs["raw_prompt"])
+            seed = response_seed(run.seed, kwargs["global_steps"], problem, kwargs["session_id"])
             sampling_params = {**sampling_params, "seed": seed}
         return await super().run(sampling_params, priority=priority, **kwargs)

@@ -29,9 +29,9 @@ from cppo_verl.adapters.actor import TrustRegionActorWorker, TrustRegionTraining
 from cppo_verl.adapters.loss import TrustRegionLoss
 from cppo_verl.adapters.main import TaskRunner, run
 from cppo_verl.adapters.trainer import TrustRegionTrainer
+from cppo_verl.run_log import BENCH
 
 VARIANTS = ("ours", "stock", "stock, bypass off")
-BENCH = "bench.jsonl"
 
 
 class SwitchableTrainingWorker(TrustRegionTrainingWorker):

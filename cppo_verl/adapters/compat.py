@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cppo_verl.requirements import VERL_VERSION
+VERL_VERSION = "0.9.1"
 
 
 class IncompatibleError(RuntimeError):
@@ -71,10 +71,13 @@ def _names(node: ast.stmt) -> set[str]:
 def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     """(callable, the parameter names we pass or override)."""
     from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
-    from verl.trainer.main_ppo import run_ppo
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
     from verl.trainer.ppo.v1 import PPOTrainerSync
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+    from verl.utils import tensordict_utils
     from verl.utils.distributed import initialize_global_process_group_ray
+    from verl.utils.tracking import Tracking
     from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
     from verl.workers.utils.padding import no_padding_2_padding
 
@@ -89,6 +92,14 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (ActorRolloutRefWorker.set_loss_fn, ("self", "loss_fn")),
         (TrainingWorker.train_mini_batch, ("self", "data")),
         (TrainingWorker.train_batch, ("self", "data")),
+        (ReplayBuffer.__init__, ("poll_interval",)),
+        (TaskRunnerV1.__ray_metadata__.modified_class.init_agent_loop_manager, ("self",)),
+        (Tracking.log, ("self", "data", "step")),
+        (PPOTrainerSync.on_sample_begin, ("self",)),
+        (PPOTrainerSync.on_validate_begin, ("self",)),
+        (PPOTrainerSync.fit, ("self", "agent_loop_manager")),
+        (tensordict_utils.get_non_tensor_data, ("data", "key", "default")),
+        (tensordict_utils.assign_non_tensor, ("tensor_dict",)),
         (PPOTrainerSync._build_replay_buffer, ("self",)),
         (PPOTrainerSync._init_resource_pool_mgr, ("self",)),
         (PPOTrainerSync._load_checkpoint, ("self",)),

@@ -13,6 +13,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
 from cppo_verl.adapters.token_statistics import TokenStatistics
+from cppo_verl.core.checks import require_not_nan
 from cppo_verl.methods import DIVERGENCES, Outcome, Tokens
 
 
@@ -69,11 +70,14 @@ class TrustRegionLoss:
         seeds = data.get("response_seeds", None)
         if seeds is not None:
             seeds = (seeds.values() if seeds.is_nested else seeds).reshape(-1)
-        with torch.no_grad():
-            divergence = self.divergence(log_prob.detach(), rollout_log_prob)
         # The trainer clears loss_mask for skipped groups and leaves response_mask, which verl's own metrics read.
         valid = padded["response_mask"].bool() & padded["loss_mask"].bool()
-        return Tokens(log_prob.float(), rollout_log_prob, padded["advantages"].float(), valid, divergence, seeds)
+        advantages = padded["advantages"].float()
+        # The one value check of a micro-batch: a NaN divergence would compare as "not exceeded" and pass every mask.
+        require_not_nan(valid, log_prob=log_prob, rollout_log_prob=rollout_log_prob, advantages=advantages)
+        with torch.no_grad():
+            divergence = self.divergence(log_prob.detach(), rollout_log_prob)
+        return Tokens(log_prob.float(), rollout_log_prob, advantages, valid, divergence, seeds)
 
     def _reduce(self, values: Tensor, mask: Tensor, data: TensorDict) -> Tensor:
         return agg_loss(

@@ -43,10 +43,12 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
             self.fit(config)
             succeeded = True
         finally:
-            tracking = getattr(self.trainer, "logger", None)
-            if tracking is not None:
-                tracking.finish(exit_code=0 if succeeded else 1)
-            tq.close()
+            try:
+                tracking = getattr(self.trainer, "logger", None)
+                if tracking is not None:
+                    tracking.finish(exit_code=0 if succeeded else 1)
+            finally:
+                tq.close()
 
     def fit(self, config: DictConfig) -> None:
         self.trainer.fit(self.agent_loop_manager)

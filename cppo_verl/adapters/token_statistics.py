@@ -67,7 +67,7 @@ class TokenStatistics:
             "trust_region/loss": (s["loss"], s["tokens"]),
             "trust_region/absolute_loss": (s["absolute_loss"], s["tokens"]),
             "divergence/mean": (s["divergence"], s["tokens"]),
-            "divergence/first_minibatch": (s["first_divergence"], s["first_tokens"]),
+            "divergence/at_rollout_weights": (s["first_divergence"], s["first_tokens"]),
             "rollout/log_prob_relative_error": (s["first_log_ratio"], s["first_log_mu"]),
             "policy/log_prob_relative_change": (s["log_ratio"], s["log_mu"]),
             "policy/entropy_sampled": (s["log_mu"], s["tokens"]),

@@ -6,6 +6,7 @@ import numpy as np
 import ray
 import torch
 import transfer_queue as tq
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
@@ -15,7 +16,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.tracking import Tracking
 
 from cppo_verl.adapters.actor import TrustRegionActorWorker
-from cppo_verl.adapters.seeding import response_seed
+from cppo_verl.adapters.seeding import problem_key, response_seed
 from cppo_verl.run_log import RunLog
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
@@ -44,6 +45,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         self.log = RunLog(f"{config.run.dir}/{config.run.name}")
         self._tracking: LoggedTracking | None = None
         self._validation_samples: dict[str, Any] | None = None
+        self._step_metrics: dict[str, Any] = {}
         super().__init__(config)
 
     # fit() creates verl's Tracking itself, by assigning self.logger; this is where the run's own file joins in.
@@ -69,6 +71,9 @@ class TrustRegionTrainer(PPOTrainerSync):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         self.log.forget_after(self.global_steps)
+        for path in (self.log.folder / "validation").glob("*.jsonl"):
+            if int(path.stem) > self.global_steps:
+                path.unlink()
         self.log.event("initialized", step=self.global_steps, total_steps=self.total_training_steps)
 
     def on_validate_begin(self) -> None:
@@ -79,10 +84,8 @@ class TrustRegionTrainer(PPOTrainerSync):
         self.log.event("generating", step=self.global_steps)
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
-        batch = super().step(metrics, timing_raw)
-        # verl saves a checkpoint before it logs the step: after a kill in between, a resumed run would lack this step.
-        self.log.metrics(self.global_steps, metrics)
-        return batch
+        self._step_metrics = metrics
+        return super().step(metrics, timing_raw)
 
     def _dump_generations(self, **samples: Any) -> None:
         if samples["dump_path"] == self.config.trainer.get("validation_data_dir"):
@@ -97,9 +100,14 @@ class TrustRegionTrainer(PPOTrainerSync):
             columns = samples["reward_extra_infos_dict"]
             columns["data_source"] = [str(source[key.rsplit("_", 2)[0]]) for key in columns["uid"]]
             super()._dump_generations(**samples)
-        return super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
+        metrics = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
+        # verl counts a response that could not be generated or graded as wrong; here it is reported as well.
+        expected = sum((kwargs.get("expected_acc_counts") or {}).values())
+        return metrics | {"validation/missing_responses": max(expected - len(sample_uids), 0)}
 
     def _save_checkpoint(self) -> None:
+        # verl logs a step after saving it: after a kill in between, a resumed run would lack this step's metrics.
+        self.log.metrics(self.global_steps, self._step_metrics)
         self.log.event("saving", step=self.global_steps)
         super()._save_checkpoint()
 
@@ -108,22 +116,23 @@ class TrustRegionTrainer(PPOTrainerSync):
         metrics["rollout/missing_responses"] = expected - len(batch)
         if self.run.seeded_rollout:
             # Rollouts finish in any order; which minibatch a response falls into must not depend on it.
-            problems = _column(batch, "index")
+            problems = _problems(batch)
             samples = [_sample_number(key) for key in batch.keys]
-            batch.reorder(sorted(range(len(batch)), key=lambda i: (str(problems[i]), samples[i])))
+            batch.reorder(sorted(range(len(batch)), key=lambda row: (problems[row], samples[row])))
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
-        skipped, groups = _zero_variance_rows(batch)
-        metrics["groups/total"] = groups
-        metrics["groups/zero_variance"] = len({batch.keys[row].rsplit("_", 2)[0] for row in skipped})
-        if self.run.mask_std_0 and skipped:
-            _clear_loss_mask(batch, skipped)
+        if self.run.mask_std_0:
+            skipped, groups = _zero_variance_rows(batch)
+            metrics["groups/total"] = groups
+            metrics["groups/zero_variance"] = len({batch.keys[row].rsplit("_", 2)[0] for row in skipped})
+            if skipped:
+                _clear_loss_mask(batch, skipped)
         return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        if self.config.method.get("weights") == "shuffled":
+        if instantiate(self.config.method).needs_response_seeds:
             _put_response_seeds(batch, self.run.seed, self.global_steps)
         dump = self.global_steps in self.run.dump_steps
         batch.extra_info["dump_dir"] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump else ""
@@ -147,6 +156,10 @@ def _column(batch: KVBatchMeta, field: str) -> list[Any]:
     """A per-row field that is not a tensor, in row order."""
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[field])
     return [getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value for value in data[field]]
+
+
+def _problems(batch: KVBatchMeta) -> list[str]:
+    return [problem_key(raw_prompt) for raw_prompt in _column(batch, "raw_prompt")]
 
 
 def _sample_number(key: str) -> int:
@@ -186,7 +199,7 @@ def _put_response_seeds(batch: KVBatchMeta, run_seed: int, step: int) -> None:
     """One seed per response, so that shuffled weights depend on neither micro-batch nor order."""
     seeds = [
         response_seed(run_seed, step, problem, _sample_number(key))
-        for problem, key in zip(_column(batch, "index"), batch.keys, strict=True)
+        for problem, key in zip(_problems(batch), batch.keys, strict=True)
     ]
     fields = TensorDict({"response_seeds": torch.tensor(seeds).unsqueeze(-1)}, batch_size=len(seeds))
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)

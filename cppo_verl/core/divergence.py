@@ -4,6 +4,8 @@ All take natural-log probabilities on temperature-scaled logits, compute in floa
 ``[B, T]`` >= 0, exactly 0 where the log-probabilities agree. Padding is not known here: the masks ignore it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -80,7 +82,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 def _kl_cell(mu: Tensor, log_mu: Tensor, log_pi: Tensor) -> Tensor:
     """mu (log mu - log pi), with the limit 0 at mu = 0 and log pi bounded below."""
-    log_pi = log_pi.clamp_min(torch.log(torch.tensor(_TINY)).item())
+    log_pi = log_pi.clamp_min(math.log(_TINY))
     return torch.where(mu > 0, mu * (log_mu - log_pi), torch.zeros_like(mu))
 
 

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from cppo_verl import config as configuration
+from cppo_verl.adapters import compat
 from cppo_verl.config import ConfigError
 
 METHODS = {
@@ -115,6 +116,8 @@ REFUSED = [
     (["actor_rollout_ref.actor.ppo_mini_batch_size=7"], "must be a multiple of"),
     (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=48"], "must divide the 128 responses of a minibatch"),
     (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null"], "ppo_micro_batch_size_per_gpu is not set"),
+    (["actor_rollout_ref.actor.ppo_mini_batch_size=0"], "ppo_mini_batch_size must be a positive number; got 0"),
+    (["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"], "is less than one copy of the model takes"),
     (["actor_rollout_ref.actor.grad_clip=0.5"], "set actor_rollout_ref.actor.optim.clip_grad"),
     (["actor_rollout_ref.model.path=/no/such/model"], "actor_rollout_ref.model.path=/no/such/model does not exist"),
     (["actor_rollout_ref.model.path=null"], "actor_rollout_ref.model.path is not set"),
@@ -139,15 +142,38 @@ def test_all_problems_are_reported_at_once(base):
 def test_run_name_in_use(base, tmp_path):
     (tmp_path / "new").mkdir()
     assert "run.name=new is in use" in refusal(base)
-    configuration.validate(configuration.compose([*base, "run.resume=true"]))
+    OmegaConf.save(configuration.compose(base), tmp_path / "new/config.yaml", resolve=True)
+    configuration.validate(configuration.compose([*base, "run.resume=true", "trainer.total_training_steps=50"]))
+
+
+def test_resuming_as_another_experiment_is_refused(base, tmp_path):
+    (tmp_path / "new").mkdir()
+    OmegaConf.save(configuration.compose([*base, "method=dppo"]), tmp_path / "new/config.yaml", resolve=True)
+    assert "method was" in refusal([*base, "run.resume=true"])
+
+
+def test_a_colon_space_or_comma_in_a_path_is_only_a_path(live_assets, tmp_path):
+    odd = tmp_path / "a (b), c"
+    odd.symlink_to(live_assets)
+    overrides = ["platform=cpu", "recipe=quickstart", f"quickstart.assets='{odd}'", f"run.dir='{tmp_path}/r (1), x'"]
+    configuration.validate(configuration.compose(overrides))
+
+
+def test_every_engine_batch_size_verl_asks_for_follows_from_one(base):
+    """verl's own validation passes once ppo_micro_batch_size_per_gpu is given, with a reference policy too."""
+    from verl.utils.config import validate_config
+
+    config = configuration.compose([*base, "actor_rollout_ref.actor.use_kl_loss=true"])
+    validate_config(config=config, use_reference_policy=True, use_critic=False)
+
+
+def test_an_optional_group_can_be_null():
+    assert "run.name" not in refusal(["recipe=null", "platform=cpu"])
 
 
 def test_wrong_verl_version(base, monkeypatch):
-    import importlib.metadata
-
-    real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.0" if name == "verl" else real(name))
-    assert "verl 0.8.0 is installed, but cppo_verl works with verl 0.9.1 only" in refusal(base)
+    monkeypatch.setattr(compat, "version", lambda name: "0.8.0")
+    assert "verl 0.8.0 is installed, but cppo_verl uses private parts of verl 0.9.1" in refusal(base)
 
 
 def write(path, **columns):

@@ -7,6 +7,7 @@ steps and the nodes of the configuration that change. One JSON line per stage go
 import json
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -31,7 +32,7 @@ def run_stages(base: list[str], stages: list[tuple[str, list[str], int]], timeou
         nodes = {key: OmegaConf.to_container(OmegaConf.select(changed, key), resolve=True) for key in SWAPPED}
         plan.append({"name": name, "steps": steps, "nodes": nodes})
     OmegaConf.save(OmegaConf.create({"stages": plan}), folder / "stages.yaml")
-    tag = f"live-{folder.name}"
+    tag = uuid.uuid4().hex
     with open(log_file, "wb") as log:
         process = subprocess.Popen(
             [sys.executable, __file__, str(folder)],

@@ -45,7 +45,7 @@ def test_cppo_and_a_baseline_train(stages):
 
 def test_identical_weights_have_no_divergence_and_mask_nothing(dumps, stages):
     """Before the first update rollout and training run the same float32 weights."""
-    assert stages["cppo"][0]["divergence/first_minibatch"] < 1e-4
+    assert stages["cppo"][0]["divergence/at_rollout_weights"] < 1e-4
     divergence = torch.cat([batch["divergence"][batch["response_mask"]] for batch in dumps[1, 0]])
     gate = torch.cat([batch["gate"][batch["response_mask"]] for batch in dumps[1, 0]])
     assert len(divergence) > 50

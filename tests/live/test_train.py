@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cppo_verl.run_log import read_metrics
 
@@ -49,7 +50,7 @@ def test_terminal_shows_steps_and_a_summary_and_nothing_of_ray(finished):
     assert [line.split()[1] for line in steps[1:]] == ["1/2", "2/2"]
     assert all(word in steps[1] for word in ("reward", "masked", "token", "prefix", "ETA"))
     assert "Avg@16" in steps[2]
-    assert any(line.strip().startswith("Avg@16 arithmetic") and "points" in line for line in lines)
+    assert any(line.startswith("arithmetic Avg@16") and "points" in line for line in lines)
     assert not [line for line in lines if "TaskRunner" in line or "WARNING" in line or "pid=" in line]
     assert len(lines) < 40
 
@@ -149,3 +150,59 @@ def wait_for(condition, seconds):
     while not condition():
         assert time.time() < deadline, "waited too long"
         time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("refill", ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc"]),
+        (
+            "terms",
+            ["actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.entropy_coeff=0.01"],
+        ),
+    ],
+    ids=["verl's refilling filter", "verl's KL and entropy terms"],
+)
+def test_verls_own_options_train(overrides, tmp_path, name, settings):
+    done = subprocess.run(
+        [CPPO, "train", *overrides, *settings, f"run.dir={tmp_path}", f"run.name={name}"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_metrics(tmp_path / name)
+    assert sorted(lines) == [1, 2]
+    if name == "refill":
+        assert all(line["groups/zero_variance"] == 0 for line in lines.values())
+
+
+@pytest.mark.slow
+def test_a_seed_repeats_a_run_and_the_mask_changes_it(overrides, tmp_path):
+    """Same seed, same weights; the same seed with the trust region wide open ends elsewhere."""
+    runs = {"first": [], "again": [], "open": ["method.delta=1e9", "method.delta_b=null"]}
+    for name, settings in runs.items():
+        command = [
+            CPPO,
+            "train",
+            *overrides,
+            *settings,
+            f"run.dir={tmp_path}",
+            f"run.name={name}",
+            "trainer.save_freq=2",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    weights = {name: final_weights(tmp_path / name / "checkpoints/global_step_2/actor") for name in runs}
+    noise = (weights["first"] - weights["again"]).norm()
+    effect = (weights["first"] - weights["open"]).norm()
+    print(f"distance of the weights: repeated run {noise:.2e}, without the mask {effect:.2e}")
+    assert effect > 100 * noise
+    assert effect > 1e-3
+
+
+def final_weights(folder):
+    state = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False, map_location="cpu")
+    local = [value.to_local() if hasattr(value, "to_local") else value for value in state.values()]
+    return torch.cat([value.double().flatten() for value in local])

@@ -1,0 +1,100 @@
+"""What a run writes and what is computed from it afterwards."""
+
+import json
+
+import pytest
+
+from cppo_verl.display import RunDisplay
+from cppo_verl.report import RunReport, validation_changes
+from cppo_verl.run_log import RunLog, read_metrics
+
+
+def test_lines_of_a_step_are_merged_and_later_ones_win(tmp_path):
+    log = RunLog(tmp_path)
+    log.metrics(2, {"a": 1, "b": 2.5})
+    log.metrics(1, {"a": 7})
+    log.metrics(2, {"a": 3, "c": float("nan"), "d": "text"})
+    metrics = read_metrics(tmp_path)
+    assert list(metrics) == [1, 2]
+    assert {name: metrics[2][name] for name in "abcd"} == {"a": 3, "b": 2.5, "c": None, "d": "text"}
+
+
+def test_a_line_cut_off_by_a_crash_is_ignored(tmp_path):
+    RunLog(tmp_path).metrics(1, {"a": 1})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "a"')
+    assert list(read_metrics(tmp_path)) == [1]
+
+
+def test_resuming_forgets_what_will_be_trained_again(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.metrics(step, {"a": step})
+    log.forget_after(2)
+    assert list(read_metrics(tmp_path)) == [1, 2]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two problems, four samples: 2 of 8 right before, 6 of 8 after; two steps of 100 tokens."""
+    log = RunLog(tmp_path)
+    for step, masked in ((1, 10), (2, 2)):
+        log.metrics(
+            step,
+            {
+                "training/global_step": step,
+                "trust_region/tokens": 100,
+                "trust_region/masked_tokens": masked,
+                "trust_region/masked_by_token": masked / 200,
+                "critic/score/mean": 0.5,
+            },
+        )
+    (tmp_path / "validation").mkdir()
+    for step, verdicts in ((0, {"p": [1, 0, 0, 0], "q": [1, 0, 0, 0]}), (2, {"q": [1, 1, 0, 1], "p": [1, 1, 1, 0]})):
+        with open(tmp_path / f"validation/{step}.jsonl", "w") as file:
+            for problem, samples in verdicts.items():
+                for acc in samples:
+                    file.write(json.dumps({"input": problem, "acc": acc, "data_source": "toy"}) + "\n")
+    return tmp_path
+
+
+def test_change_of_validation_is_paired_by_problem(run):
+    (change,) = validation_changes(run / "validation")
+    assert (change.source, change.samples, change.problems, change.first_step, change.last_step) == ("toy", 4, 2, 0, 2)
+    assert (change.before, change.after, change.difference) == pytest.approx((0.25, 0.75, 0.5))
+
+
+def test_masked_share_is_over_all_tokens_of_the_run(run):
+    assert RunReport.read(run).masked() == pytest.approx({"masked": 0.06, "token": 0.03, "prefix": 0.03})
+
+
+def test_summary_and_plots_are_written(run):
+    RunReport.read(run).write()
+    assert json.loads((run / "summary.json").read_text())["validation"][0]["source"] == "toy"
+    assert (run / "plots/training.png").stat().st_size > 10_000
+
+
+def test_display_prints_a_line_per_step_once(run, capsys):
+    display = RunDisplay(run, run / "log")
+    display.event({"event": "initialized", "step": 0, "total_steps": 2})
+    line = {"step": 1, "trust_region/masked": 0.1, "trust_region/masked_by_token": 0.06}
+    display.metrics(line)  # written before a checkpoint; not complete yet
+    display.metrics(line | {"training/global_step": 1, "timing_s/step": 3.0, "critic/score/mean": 0.25})
+    steps = [text for text in capsys.readouterr().out.splitlines() if text.startswith("step ")]
+    assert len(steps) == 1
+    assert all(
+        word in steps[0] for word in ("1/2", "reward 0.250", "masked 10.00%", "token 6.00%", "3.0 s", "ETA 0m03s")
+    )
+
+
+def test_failure_shows_the_cause_not_the_wall(run, capsys):
+    (run / "log").write_text("\n".join(f"line {number}" for number in range(500)))
+    display = RunDisplay(run, run / "log")
+    display.failure(1)
+    assert capsys.readouterr().out.count("line ") == 15
+    display.event({"event": "failed", "error": "ValueError", "message": "a\n" * 50 + "the cause"})
+    display.failure(1)
+    output = capsys.readouterr().out
+    assert "ValueError" in output
+    assert "the cause" in output
+    assert len(output.splitlines()) < 12

@@ -1,0 +1,130 @@
+"""Each method is its rule of the core and nothing else; what it reports as masked has gradient zero."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from cppo_verl import core
+from cppo_verl.config import choices, config_dir
+from cppo_verl.methods import DIVERGENCES, Tokens
+
+GENERATOR = torch.Generator().manual_seed(5)
+
+
+def build(name, divergence="binary_tv", **changes):
+    """The method as its configuration file says, with a few settings changed."""
+    config = OmegaConf.create({"divergence": OmegaConf.load(config_dir() / f"divergence/{divergence}.yaml")})
+    config.method = OmegaConf.load(config_dir() / f"method/{name}.yaml")
+    config.method.pop("defaults", None)
+    config.method.update(changes)
+    return instantiate(OmegaConf.to_container(config, resolve=True)["method"])
+
+
+@pytest.fixture
+def tokens():
+    """16 responses of up to 12 tokens whose divergences straddle every method's thresholds."""
+    shape = (16, 12)
+    rollout = -0.2 - torch.rand(shape, generator=GENERATOR)
+    log_prob = (rollout + 0.4 * torch.randn(shape, generator=GENERATOR)).clamp_max(-1e-3).requires_grad_()
+    mask = torch.arange(12) < torch.randint(1, 13, (16, 1), generator=GENERATOR)
+    advantages = torch.randn((16, 1), generator=GENERATOR).expand(shape)
+    divergence = core.binary_tv(log_prob, rollout)
+    return Tokens(log_prob, rollout, advantages, mask, divergence, torch.arange(16))
+
+
+def gradient(tokens, outcome):
+    loss = torch.where(tokens.response_mask, outcome.loss, 0.0).sum()
+    return torch.autograd.grad(loss, tokens.log_prob)[0]
+
+
+@pytest.mark.parametrize("name", sorted(choices("method")))
+def test_masked_means_no_gradient_and_kept_means_some(name, tokens):
+    outcome = build(name)(tokens)
+    slope = gradient(tokens, outcome)
+    valid = tokens.response_mask
+    assert (slope[valid & (outcome.gate == 0)] == 0).all()
+    assert (slope[valid & (outcome.gate == 1)] != 0).all()
+    assert (slope[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["cppo", "dppo", "grpo", "trm_max", "trm_avg", "trm_max_avg"])
+def test_the_batch_exercises_the_mask(name, tokens):
+    gate = build(name)(tokens).gate[tokens.response_mask]
+    assert 0 < (gate == 0).sum() < len(gate)
+
+
+def test_cppo_is_the_cores_mask(tokens):
+    outcome = build("cppo")(tokens)
+    weights = core.position_weights(tokens.response_mask, 0.8)
+    delta_b = torch.full((16,), 0.015)
+    region = core.cppo_mask(
+        tokens.log_prob.detach() - tokens.rollout_log_prob,
+        tokens.advantages,
+        tokens.divergence,
+        tokens.response_mask,
+        delta=0.15,
+        weights=weights,
+        delta_b=delta_b,
+    )
+    assert torch.equal(outcome.gate, region.keep.float())
+    assert torch.equal(outcome.token_cause, region.token_exceeded)
+    assert torch.equal(outcome.delta_b, delta_b)
+
+
+def test_dppo_is_cppo_without_weights_and_budget(tokens):
+    plain = build("cppo", weights="uniform", delta_b=None)(tokens)
+    assert torch.equal(build("dppo")(tokens).gate, plain.gate)
+
+
+SWITCHES = {
+    "no position weights": {"weights": "uniform"},
+    "shuffled weights": {"weights": "shuffled"},
+    "no prefix budget": {"delta_b": None},
+    "calibrated budget": {"delta_b_quantile": 0.9},
+    "soft gate": {"soft_gate": True},
+    "w_min": {"w_min": 0.3},
+    "delta": {"delta": 1e9},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_every_switch_changes_the_result(switch, tokens):
+    assert not torch.equal(build("cppo", **switch)(tokens).gate, build("cppo")(tokens).gate)
+
+
+def test_ratio_cap_changes_the_gradient(tokens):
+    far = tokens._replace(rollout_log_prob=tokens.rollout_log_prob - 5)
+    capped, free = build("dppo", delta=1e9, ratio_cap=20.0), build("dppo", delta=1e9, ratio_cap=None)
+    assert gradient(far, capped(far)).abs().max() < gradient(far, free(far)).abs().max()
+
+
+def test_shuffled_weights_follow_the_responses_seed(tokens):
+    method = build("cppo", weights="shuffled")
+    whole = method(tokens).gate
+    order = torch.randperm(16, generator=GENERATOR)
+    reordered = Tokens(*[column[order] for column in tokens])
+    assert torch.equal(method(reordered).gate, whole[order])
+    with pytest.raises(ValueError, match="needs one seed per response"):
+        method(tokens._replace(response_seeds=None))
+
+
+def test_trm_masks_whole_responses(tokens):
+    outcome = build("trm_max", delta_max=0.1)(tokens)
+    for gate, cause, valid in zip(outcome.gate, outcome.token_cause, tokens.response_mask, strict=True):
+        assert len(set(gate[valid].tolist())) == 1
+        assert (cause[valid] == (gate[valid] == 0)).all()
+
+
+def test_every_configured_divergence_exists(tokens):
+    assert set(DIVERGENCES) == set(choices("divergence"))
+    for name in choices("divergence"):
+        assert OmegaConf.load(config_dir() / f"divergence/{name}.yaml").name == name
+        assert (DIVERGENCES[name](tokens.log_prob.detach(), tokens.rollout_log_prob) >= 0).all()
+
+
+def test_methods_know_nothing_of_their_caller(tokens):
+    """Only the fields of Tokens are read."""
+    assert build("grpo")(SimpleNamespace(**tokens._asdict())).loss.shape == (16, 12)
