@@ -17,7 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 from cppo_verl.adapters import compat
 
 GROUPS = ("method", "divergence", "platform", "recipe")
-_OPTIONAL = {"recipe": ("null",)}
 
 
 class ConfigError(ValueError):
@@ -76,7 +75,7 @@ def validate(config: DictConfig) -> None:
 
 def _check_choice(override: str) -> None:
     group, separator, value = override.partition("=")
-    if separator and group in GROUPS and value not in (*choices(group), *_OPTIONAL.get(group, ())):
+    if separator and group in GROUPS and value not in choices(group):
         raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(choices(group))}")
 
 

@@ -167,10 +167,6 @@ def test_every_engine_batch_size_verl_asks_for_follows_from_one(base):
     validate_config(config=config, use_reference_policy=True, use_critic=False)
 
 
-def test_an_optional_group_can_be_null():
-    assert "run.name" not in refusal(["recipe=null", "platform=cpu"])
-
-
 def test_wrong_verl_version(base, monkeypatch):
     monkeypatch.setattr(compat, "version", lambda name: "0.8.0")
     assert "verl 0.8.0 is installed, but cppo_verl uses private parts of verl 0.9.1" in refusal(base)

@@ -11,8 +11,6 @@ from cppo_verl import core
 from cppo_verl.config import choices, config_dir
 from cppo_verl.methods import DIVERGENCES, Tokens
 
-GENERATOR = torch.Generator().manual_seed(5)
-
 
 def build(name, divergence="binary_tv", **changes):
     """The method as its configuration file says, with a few settings changed."""
@@ -25,12 +23,14 @@ def build(name, divergence="binary_tv", **changes):
 
 @pytest.fixture
 def tokens():
-    """16 responses of up to 12 tokens whose divergences straddle every method's thresholds."""
+    """16 responses of up to 12 tokens, from nearly unmoved to far away: every threshold is crossed by some only."""
+    generator = torch.Generator().manual_seed(5)
     shape = (16, 12)
-    rollout = -0.2 - torch.rand(shape, generator=GENERATOR)
-    log_prob = (rollout + 0.4 * torch.randn(shape, generator=GENERATOR)).clamp_max(-1e-3).requires_grad_()
-    mask = torch.arange(12) < torch.randint(1, 13, (16, 1), generator=GENERATOR)
-    advantages = torch.randn((16, 1), generator=GENERATOR).expand(shape)
+    rollout = -0.2 - torch.rand(shape, generator=generator)
+    distance = torch.logspace(-4, -0.3, 16).unsqueeze(-1)
+    log_prob = (rollout + distance * torch.randn(shape, generator=generator)).clamp_max(-1e-3).requires_grad_()
+    mask = torch.arange(12) < torch.randint(6, 13, (16, 1), generator=generator)
+    advantages = torch.randn((16, 1), generator=generator).expand(shape)
     divergence = core.binary_tv(log_prob, rollout)
     return Tokens(log_prob, rollout, advantages, mask, divergence, torch.arange(16))
 
@@ -85,14 +85,15 @@ SWITCHES = {
     "no prefix budget": {"delta_b": None},
     "calibrated budget": {"delta_b_quantile": 0.9},
     "soft gate": {"soft_gate": True},
-    "w_min": {"w_min": 0.3},
+    "w_min": {"w_min": 1.0},
     "delta": {"delta": 1e9},
 }
 
 
 @pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
 def test_every_switch_changes_the_result(switch, tokens):
-    assert not torch.equal(build("cppo", **switch)(tokens).gate, build("cppo")(tokens).gate)
+    base = {"w_min": 0.2, "delta": 0.05, "delta_b": 0.1}
+    assert not torch.equal(build("cppo", **(base | switch))(tokens).gate, build("cppo", **base)(tokens).gate)
 
 
 def test_ratio_cap_changes_the_gradient(tokens):
@@ -104,7 +105,7 @@ def test_ratio_cap_changes_the_gradient(tokens):
 def test_shuffled_weights_follow_the_responses_seed(tokens):
     method = build("cppo", weights="shuffled")
     whole = method(tokens).gate
-    order = torch.randperm(16, generator=GENERATOR)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     reordered = Tokens(*[column[order] for column in tokens])
     assert torch.equal(method(reordered).gate, whole[order])
     with pytest.raises(ValueError, match="needs one seed per response"):
