@@ -45,12 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _checked(command: str, overrides: list[str]) -> "DictConfig | None":
     """The composed configuration, or None after its problems were printed."""
-    from cppo_verl import config as configuration
+    from cppo_verl.config import ConfigError, compose
+    from cppo_verl.validation import validate
 
     try:
-        config = configuration.compose(overrides)
-        configuration.validate(config)
-    except configuration.ConfigError as error:
+        config = compose(overrides)
+        validate(config)
+    except ConfigError as error:
         for line in str(error).splitlines():
             print(f"cppo {command}: {line}", file=sys.stderr)
         return None

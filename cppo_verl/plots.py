@@ -66,7 +66,7 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     method = OmegaConf.load(folder / "config.yaml").method
     if method.name != "cppo" or method.delta_b is None or method.weights == "shuffled":
         return []
-    dump, row = _most_masked([torch.load(file) for file in dumps])
+    dump, row = _most_masked([torch.load(file) for file in dumps], method.delta)
     one = {name: dump[name][row : row + 1] for name in ("log_prob", "rollout_log_prob", "advantages", "divergence")}
     mask = dump["response_mask"][row : row + 1]
     weights = core.position_weights(mask, method.w_min, schedule=method.weights)
@@ -90,8 +90,11 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
         (by_token, "#de2d26", "masked: token threshold"),
         (blocked & ~by_token, "#fd8d3c", "masked: prefix budget"),
     ):
-        if chosen.any():
-            axis.bar([p for p, c in zip(position, chosen, strict=True) if c], spent[chosen], color=colour, label=label)
+        places = [place for place, flag in zip(position, chosen, strict=True) if flag]
+        if places:
+            axis.bar(places, spent[chosen], color=colour, label=label)
+        for place in places:  # a masked token is to be seen however small its own divergence is
+            axis.axvspan(place - 0.5, place + 0.5, color=colour, alpha=0.15, linewidth=0)
     axis.axhline(method.delta, color="grey", linestyle=":", label=r"$\delta$")
     axis.step(position, region.threshold[mask].clamp_min(0), where="mid", color="black", label="$c_t$ (0 if negative)")
     axis.set(xlabel="token position t", ylabel="weighted divergence", title="CPPO's mask on one response")
@@ -101,8 +104,14 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     return [path]
 
 
-def _most_masked(dumps: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
-    """The dump and row whose response has the most masked tokens."""
-    counts = [((dump["gate"] < 1) & dump["response_mask"]).sum(-1) for dump in dumps]
-    best = max(range(len(dumps)), key=lambda index: int(counts[index].max()))
-    return dumps[best], int(counts[best].argmax())
+def _most_masked(dumps: list[dict[str, Any]], delta: float) -> tuple[dict[str, Any], int]:
+    """The dump and row that show most of the mask: both causes if possible, on tokens whose divergence is visible."""
+    best, chosen = -1, (dumps[0], 0)
+    for dump in dumps:
+        masked = (dump["gate"] < 1) & dump["response_mask"]
+        visible = masked & (dump["divergence"] > delta / 50)
+        by_token, by_prefix = (visible & dump["token_cause"]).sum(-1), (visible & ~dump["token_cause"]).sum(-1)
+        scores = 100 * (by_token.clamp_max(1) + by_prefix.clamp_max(1)) + by_prefix + by_token
+        if int(scores.max()) > best:
+            best, chosen = int(scores.max()), (dump, int(scores.argmax()))
+    return chosen

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from cppo_verl import config as configuration
 from cppo_verl.adapters import compat
 from cppo_verl.config import ConfigError
+from cppo_verl.validation import validate
 
 METHODS = {
     "cppo": ("Cppo", "binary_tv"),
@@ -35,7 +36,7 @@ def base(live_assets, tmp_path):
 
 def refusal(overrides):
     with pytest.raises(ConfigError) as caught:
-        configuration.validate(configuration.compose(overrides))
+        validate(configuration.compose(overrides))
     return str(caught.value)
 
 
@@ -46,7 +47,7 @@ def test_every_method_file_is_known_to_this_test():
 @pytest.mark.parametrize("name", METHODS)
 def test_one_line_selects_a_method_with_its_own_divergence(base, name):
     config = configuration.compose([*base, f"method={name}"])
-    configuration.validate(config)
+    validate(config)
     built = instantiate(config.method)
     assert (type(built).__name__, config.divergence.name) == METHODS[name]
     assert built.name == name
@@ -73,7 +74,7 @@ def test_one_line_selects_a_method_with_its_own_divergence(base, name):
 )
 def test_defaults_are_the_papers(base, overrides, expected):
     config = configuration.compose([*base, *overrides])
-    configuration.validate(config)
+    validate(config)
     assert {name: config.method[name] for name in expected} == expected
 
 
@@ -143,7 +144,7 @@ def test_run_name_in_use(base, tmp_path):
     (tmp_path / "new").mkdir()
     assert "run.name=new is in use" in refusal(base)
     OmegaConf.save(configuration.compose(base), tmp_path / "new/config.yaml", resolve=True)
-    configuration.validate(configuration.compose([*base, "run.resume=true", "trainer.total_training_steps=50"]))
+    validate(configuration.compose([*base, "run.resume=true", "trainer.total_training_steps=50"]))
 
 
 def test_resuming_as_another_experiment_is_refused(base, tmp_path):
@@ -156,7 +157,7 @@ def test_a_colon_space_or_comma_in_a_path_is_only_a_path(live_assets, tmp_path):
     odd = tmp_path / "a (b), c"
     odd.symlink_to(live_assets)
     overrides = ["platform=cpu", "recipe=quickstart", f"quickstart.assets='{odd}'", f"run.dir='{tmp_path}/r (1), x'"]
-    configuration.validate(configuration.compose(overrides))
+    validate(configuration.compose(overrides))
 
 
 def test_every_engine_batch_size_verl_asks_for_follows_from_one(base):

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from cppo_verl import config as configuration
 from cppo_verl.launcher import end_run, environment, prepare_folder
 from cppo_verl.run_log import read_lines
+from cppo_verl.validation import validate
 
 # What a stage may change on a running stack.
 SWAPPED = ("method", "divergence", "run", "actor_rollout_ref.actor")
@@ -23,7 +24,7 @@ SWAPPED = ("method", "divergence", "run", "actor_rollout_ref.actor")
 def run_stages(base: list[str], stages: list[tuple[str, list[str], int]], timeout: float) -> dict[str, list[dict]]:
     """Compose ``base``, start one stack, train each (name, overrides, steps); returns each stage's metrics by step."""
     config = configuration.compose(base)
-    configuration.validate(config)
+    validate(config)
     folder = configuration.run_folder(config)
     log_file = prepare_folder(config, folder, ["tests/live/stack.py"])
     plan = []

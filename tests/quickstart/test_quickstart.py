@@ -6,9 +6,9 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cppo_verl.config import _inspect_data_file
 from cppo_verl.grading import grade
 from cppo_verl.quickstart.task import TaskSpec, make_splits, sloppy_answer, worked_answer
+from cppo_verl.validation import inspect_data_file
 
 
 @pytest.fixture(scope="module")
@@ -60,4 +60,4 @@ def test_model_and_tokenizer_load_like_any_other(live_assets, splits):
 
 
 def test_data_files_are_verls(live_assets):
-    assert _inspect_data_file(live_assets / "train.parquet", "prompt") == (None, 64)
+    assert inspect_data_file(live_assets / "train.parquet", "prompt") == (None, 64)

@@ -1,0 +1,260 @@
+"""Checks of a composed configuration: what cannot work is named before Ray starts or verl is imported."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cppo_verl.adapters import compat
+from cppo_verl.config import ConfigError, run_folder
+
+
+def validate(config: DictConfig) -> None:
+    """Raise ConfigError listing every problem found. Imports torch (to build the method), never verl or Ray."""
+    problems: list[str] = []
+    for check in _CHECKS:
+        try:
+            problems += check(config)
+        except (OmegaConfBaseException, TypeError) as error:  # a value of a type that cannot be compared, e.g. null
+            problems.append(f"a setting has a value of the wrong type: {str(error).splitlines()[0]}")
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _check_method(config: DictConfig) -> Iterator[str]:
+    settings = {name: value for name, value in config.method.items() if name != "_target_"}
+    try:
+        schema = OmegaConf.structured(get_class(config.method._target_))
+        OmegaConf.set_readonly(schema, False)
+        OmegaConf.to_object(OmegaConf.merge(schema, settings))
+    except OmegaConfBaseException as error:  # a value of the wrong type
+        yield f"method.{error.full_key}: {str(error).splitlines()[0]}"
+    except ValueError as error:  # the method's own check
+        yield str(error)
+    if config.method.get("allow_tv") is False and config.divergence.kind != "kl":
+        yield (
+            f"divergence={config.divergence.name}: {config.method.name} is defined on a KL divergence; "
+            "use divergence=binary_kl, or method.allow_tv=true to go on with its KL thresholds on a total variation"
+        )
+
+
+def _check_verl_mode(config: DictConfig) -> Iterator[str]:
+    actor = config.actor_rollout_ref.actor
+    if not config.trainer.use_v1:
+        yield "trainer.use_v1=false: verl's V0 trainer replaces the policy loss; only the V1 trainer is supported"
+    if config.trainer.v1.trainer_mode != "sync":
+        yield f"trainer.v1.trainer_mode={config.trainer.v1.trainer_mode}: only sync is supported"
+    if not config.algorithm.rollout_correction.bypass_mode:
+        yield (
+            "algorithm.rollout_correction.bypass_mode=false: the trust region is anchored to the rollout's own "
+            "log-probabilities; leave it true"
+        )
+    if config.algorithm.adv_estimator != "grpo":
+        yield f"algorithm.adv_estimator={config.algorithm.adv_estimator}: advantages are group-relative; use grpo"
+    if actor.policy_loss.get("_target_") != "cppo_verl.adapters.loss.TrustRegionConfig":
+        yield "actor_rollout_ref.actor.policy_loss._target_ was changed; choose the loss by method= instead"
+    if actor.get("grad_clip", 1.0) != 1.0:
+        yield (
+            "actor_rollout_ref.actor.grad_clip is not read by verl's engine; "
+            "set actor_rollout_ref.actor.optim.clip_grad"
+        )
+    if any(value is not None for value in config.custom_reward_function.values()):
+        yield "custom_reward_function.* is ignored by verl 0.9.1; set reward.custom_reward_function.* instead"
+
+
+def _check_rollout(config: DictConfig) -> Iterator[str]:
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name != "vllm":
+        yield f"actor_rollout_ref.rollout.name={rollout.name}: only vllm is supported"
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        yield (
+            f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: training samples must come from "
+            "the whole softmax, or log mu is not the policy's; use top_p=1.0 top_k=-1 (validation: val_kwargs)"
+        )
+    if not rollout.calculate_log_probs:
+        yield "actor_rollout_ref.rollout.calculate_log_probs=false: its log-probabilities are needed; set true"
+    if rollout.logprobs_mode != "processed_logprobs":
+        yield f"actor_rollout_ref.rollout.logprobs_mode={rollout.logprobs_mode}: must be processed_logprobs"
+    if rollout.n < 2:
+        yield f"actor_rollout_ref.rollout.n={rollout.n}: a group of one has no relative advantage; use 2 or more"
+
+
+def _check_engine(config: DictConfig) -> Iterator[str]:
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    on_cpu = config.trainer.device == "cpu"
+    if on_cpu and model.use_fused_kernels:
+        yield "actor_rollout_ref.model.use_fused_kernels=true: fused kernels need a GPU; set false"
+    if actor.get("pad_to_length", False) and not model.use_remove_padding:
+        yield "actor_rollout_ref.actor.pad_to_length=true pads packed sequences; it needs model.use_remove_padding=true"
+    if on_cpu and actor.strategy != "fsdp2":
+        yield f"actor_rollout_ref.actor.strategy={actor.strategy}: on the CPU only fsdp2 runs"
+    sizes = {
+        "data.train_batch_size": config.data.train_batch_size,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": actor.ppo_mini_batch_size,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.ppo_micro_batch_size_per_gpu,
+    }
+    wrong = [f"{name} must be a positive number; got {size}" for name, size in sizes.items() if _not_positive(size)]
+    if wrong:
+        yield from wrong
+        return
+    if config.data.train_batch_size % actor.ppo_mini_batch_size:
+        yield (
+            f"data.train_batch_size={config.data.train_batch_size} must be a multiple of "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (both count prompts)"
+        )
+    yield from _check_micro_batch(config)
+
+
+def _not_positive(size: Any) -> bool:
+    return size is not None and (not isinstance(size, int) or size < 1)
+
+
+def _check_micro_batch(config: DictConfig) -> Iterator[str]:
+    """verl splits a rank's share of a minibatch into equal micro-batches, or fails in the first update."""
+    actor = config.actor_rollout_ref.actor
+    micro = actor.ppo_micro_batch_size_per_gpu
+    if actor.use_dynamic_bsz:
+        return
+    if micro is None:
+        yield (
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu is not set (responses per forward pass); "
+            "give a number, or actor_rollout_ref.actor.use_dynamic_bsz=true"
+        )
+        return
+    responses = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    devices, split = config.trainer.nnodes * config.trainer.n_gpus_per_node, _model_parallel_size(config)
+    ranks = devices // split
+    if ranks < 1:
+        yield (
+            f"trainer.nnodes x trainer.n_gpus_per_node = {devices} is less than one copy of the model takes ({split}: "
+            "tensor, pipeline, context and sequence parallelism)"
+        )
+    elif responses % (ranks * micro):
+        yield (
+            f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} must divide the {responses} responses of a "
+            f"minibatch (ppo_mini_batch_size x rollout.n) spread over {ranks} data-parallel ranks"
+        )
+
+
+def _model_parallel_size(config: DictConfig) -> int:
+    actor = config.actor_rollout_ref.actor
+    if actor.strategy == "megatron":
+        split = actor.megatron
+        return int(split.tensor_model_parallel_size * split.pipeline_model_parallel_size * split.context_parallel_size)
+    return int(max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size))
+
+
+def _check_model(config: DictConfig) -> Iterator[str]:
+    model = config.actor_rollout_ref.model
+    if model.path is None:
+        yield "actor_rollout_ref.model.path is not set: give a Hugging Face folder or hub id"
+        return
+    path = Path(model.path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            yield f"actor_rollout_ref.model.path={model.path} has no config.json: not a Hugging Face model folder"
+    elif path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
+        yield f"actor_rollout_ref.model.path={model.path} does not exist"
+    elif os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(model.path):
+        yield f"actor_rollout_ref.model.path={model.path} is not in the local hub cache, and HF_HUB_OFFLINE=1"
+
+
+def _in_hub_cache(repository: str) -> bool:
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
+        os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")), "hub"
+    )
+    return Path(cache, f"models--{repository.replace('/', '--')}").is_dir()
+
+
+def _check_data(config: DictConfig) -> Iterator[str]:
+    for key, needed in (("train_files", config.data.train_batch_size), ("val_files", 1)):
+        if config.data[key] is None:
+            yield f"data.{key} is not set: give a parquet file or a list of them"
+            continue
+        files = config.data[key]
+        files = list(files) if isinstance(files, ListConfig) else [files]
+        rows = 0
+        for file in files:
+            if "://" in str(file):  # a remote file system, which verl reads itself
+                rows = 1 << 60
+                continue
+            problem, count = inspect_data_file(Path(file), config.data.prompt_key)
+            rows += count
+            if problem:
+                yield f"data.{key}: {file} {problem}"
+        if rows and rows < needed:
+            yield f"data.{key} holds {rows} problems, fewer than one batch (data.train_batch_size={needed})"
+
+
+def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
+    """(what is wrong or None, number of rows) of one verl data file; only parquet is looked into."""
+    if not path.is_file():
+        return "does not exist", 0
+    if path.suffix != ".parquet":
+        return None, 1 << 60  # verl reads json too; its own loader reports what is wrong there
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        columns = set(file.schema_arrow.names)
+        missing = {prompt_key, "data_source", "reward_model"} - columns
+        if missing:
+            return f"lacks the column {', '.join(sorted(missing))} (it has {', '.join(sorted(columns))})", 0
+        count = file.metadata.num_rows
+        if not count:
+            return "is empty", 0
+        first = next(file.iter_batches(batch_size=1)).to_pylist()[0]
+    except (pyarrow.ArrowException, OSError) as error:
+        return f"is not a readable parquet file: {error}", 0
+    if not isinstance(first[prompt_key], list) or "content" not in (first[prompt_key][0] or {}):
+        return f"has a {prompt_key} that is not a list of chat messages with role and content", 0
+    if "ground_truth" not in (first["reward_model"] or {}):
+        return "has a reward_model without ground_truth", 0
+    return None, count
+
+
+def _check_run(config: DictConfig) -> Iterator[str]:
+    name, folder = str(config.run.name), run_folder(config)
+    if "/" in name or name in ("", ".", ".."):
+        yield f"run.name={name}: a plain folder name is needed"
+    elif folder.exists() and not config.run.resume:
+        yield f"run.name={name} is in use ({folder}): choose another name, or continue it with run.resume=true"
+    elif config.run.resume and not (folder / "config.yaml").exists():
+        yield f"run.resume=true, but there is no run {folder}: give the run.name (and run.dir) of the run to continue"
+    elif config.run.resume:
+        yield from _changed_since(folder / "config.yaml", config)
+
+
+def _changed_since(stored_file: Path, config: DictConfig) -> Iterator[str]:
+    """What makes a run another experiment must be the same when it goes on."""
+    stored = OmegaConf.load(stored_file)
+    for key in ("method", "divergence", "run.seed", "actor_rollout_ref.model.path", "data.train_batch_size"):
+        before, now = OmegaConf.select(stored, key), OmegaConf.select(config, key)
+        if isinstance(now, DictConfig):
+            now = OmegaConf.create(OmegaConf.to_container(now, resolve=True))
+        if before != now:
+            yield f"run.resume=true: {key} was {before} in this run and is {now} now; repeat the run's own settings"
+
+
+def _check_versions(config: DictConfig) -> Iterator[str]:
+    try:
+        compat.check_verl_version()
+    except compat.IncompatibleError as error:
+        yield str(error)
+
+
+_CHECKS: tuple[Callable[[DictConfig], Iterator[str]], ...] = (
+    _check_versions,
+    _check_method,
+    _check_verl_mode,
+    _check_rollout,
+    _check_engine,
+    _check_model,
+    _check_data,
+    _check_run,
+)
