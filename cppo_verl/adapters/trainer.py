@@ -203,3 +203,5 @@ def _put_response_seeds(batch: KVBatchMeta, run_seed: int, step: int) -> None:
     ]
     fields = TensorDict({"response_seeds": torch.tensor(seeds).unsqueeze(-1)}, batch_size=len(seeds))
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+    if batch.fields is not None:  # what the workers will fetch; None would mean everything
+        batch.fields = [*batch.fields, "response_seeds"]
