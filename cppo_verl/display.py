@@ -1,5 +1,6 @@
 """What a person sees while a run trains: one line per step, a bar for what is going on, a summary at the end."""
 
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ _WAITING = {
     "generating": "generating and training",
     "saving": "saving a checkpoint",
 }
+
+# Ray puts "(TaskRunner pid=123)", coloured, before every line of a worker.
+_RAY_PREFIX = re.compile(r"^(\x1b\[\d+m)?\([^)]*\)(\x1b\[0m)?\s*")
+_EXCEPTION = re.compile(r"^((?!ray\.)[\w.]*(?:Error|Exception): \S.{0,300})$")
 
 
 class RunDisplay:
@@ -101,6 +106,9 @@ class RunDisplay:
             lines = [text for text in self.last_failure["message"].strip().splitlines() if text.strip()]
             shown = lines if len(lines) <= 6 else lines[-6:]
             self.console.print(f"{self.last_failure['error']}: " + "\n  ".join(shown), markup=False, soft_wrap=True)
+            for error, count in first_errors(self.log_file):
+                if error.partition(": ")[2] not in self.last_failure["message"]:
+                    self.console.print(f"earlier: {error} ({count}x)", markup=False, soft_wrap=True)
         else:
             self.console.print("the training process ended without a message; the last lines of its log:")
             self.console.print("\n".join(_last_lines(self.log_file, 15)), markup=False, soft_wrap=True)
@@ -118,6 +126,20 @@ class RunDisplay:
 def _mean_accuracy(line: Mapping[str, Any]) -> str | None:
     """ "arithmetic Avg@16 0.312" for each validation set of a metrics line."""
     return "  ".join(f"{label} {value:.3f}" for label, value in accuracies(line).values()) or None
+
+
+def first_errors(log: Path, limit: int = 3) -> list[tuple[str, int]]:
+    """The first distinct exceptions of a log, whichever process they are of, and how often each occurs.
+
+    The exception that ends a run is often only what a worker's first one led to.
+    """
+    counts: dict[str, int] = {}
+    if log.exists():
+        with open(log, errors="replace") as file:
+            for line in file:
+                if match := _EXCEPTION.match(_RAY_PREFIX.sub("", line)):
+                    counts[match[1]] = counts.get(match[1], 0) + 1
+    return list(counts.items())[:limit]
 
 
 def _masked_text(line: Mapping[str, Any]) -> str:

@@ -98,3 +98,22 @@ def test_failure_shows_the_cause_not_the_wall(run, capsys):
     assert "ValueError" in output
     assert "the cause" in output
     assert len(output.splitlines()) < 12
+
+
+def test_failure_shows_what_came_first(run, capsys):
+    """verl ends a run with what a worker's error led to; the worker's own is in the log."""
+    worker = "\x1b[36m(AgentLoopWorkerTQ pid=5399)\x1b[0m"
+    (run / "log").write_text(
+        f"{worker} Traceback (most recent call last):\n{worker}     raise RuntimeError('the reward is broken')\n"
+        f"{worker} RuntimeError: the reward is broken\n"
+        * 3
+        + "ray.exceptions.RayTaskError(RuntimeError): a wall\nRuntimeError: no trajectories\n"
+    )
+    display = RunDisplay(run, run / "log")
+    display.event({"event": "failed", "error": "RuntimeError", "message": "no trajectories"})
+    display.failure(1)
+    output = capsys.readouterr().out
+    assert "RuntimeError: no trajectories" in output
+    assert "earlier: RuntimeError: the reward is broken (3x)" in output
+    assert "wall" not in output
+    assert output.count("earlier") == 1
