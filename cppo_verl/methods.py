@@ -185,8 +185,8 @@ class Trm:
 
 
 @dataclass(frozen=True)
-class Grpo:
-    """GRPO with clip-higher. A clipped token has gradient 0 and counts as masked by a token threshold."""
+class _RatioClipping:
+    """Settings of the methods that clip the importance ratio to [1 - eps_low, 1 + eps_high]."""
 
     name: str
     eps_low: float
@@ -194,7 +194,12 @@ class Grpo:
     needs_response_seeds = False
 
     def __post_init__(self) -> None:
-        _check_eps(self.eps_low, self.eps_high)
+        _check(0 <= self.eps_low <= 1, "eps_low", self.eps_low, "in [0, 1]")
+        _check(self.eps_high >= 0, "eps_high", self.eps_high, ">= 0")
+
+
+class Grpo(_RatioClipping):
+    """GRPO with clip-higher. A clipped token has gradient 0 and counts as masked by a token threshold."""
 
     def __call__(self, tokens: Tokens) -> Outcome:
         loss = core.clip_loss(
@@ -211,17 +216,8 @@ class Grpo:
         return Outcome(loss, (~clipped).float(), clipped)
 
 
-@dataclass(frozen=True)
-class Cispo:
+class Cispo(_RatioClipping):
     """CISPO: every token keeps a gradient; its weight is clipped."""
-
-    name: str
-    eps_low: float
-    eps_high: float
-    needs_response_seeds = False
-
-    def __post_init__(self) -> None:
-        _check_eps(self.eps_low, self.eps_high)
 
     def __call__(self, tokens: Tokens) -> Outcome:
         loss = core.cispo_loss(
@@ -234,17 +230,8 @@ class Cispo:
         return _unmasked(loss)
 
 
-@dataclass(frozen=True)
-class MinPro:
+class MinPro(_RatioClipping):
     """MinPRO: every token keeps a gradient, weighted by rho_t times the smallest ratio before it, clipped."""
-
-    name: str
-    eps_low: float
-    eps_high: float
-    needs_response_seeds = False
-
-    def __post_init__(self) -> None:
-        _check_eps(self.eps_low, self.eps_high)
 
     def __call__(self, tokens: Tokens) -> Outcome:
         loss = core.minpro_loss(
@@ -281,8 +268,3 @@ def _check_positive(name: str, value: float) -> None:
 
 def _check_ratio_cap(value: float | None) -> None:
     _check(value is None or value >= 1, "ratio_cap", value, ">= 1, or null for no cap")
-
-
-def _check_eps(eps_low: float, eps_high: float) -> None:
-    _check(0 <= eps_low <= 1, "eps_low", eps_low, "in [0, 1]")
-    _check(eps_high >= 0, "eps_high", eps_high, ">= 0")
