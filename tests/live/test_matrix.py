@@ -7,30 +7,32 @@ from stack import run_stages
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 
-SMALL = ["method.delta=0.004", "method.delta_b=0.0008"]
+# Two steps of an untrained model move a token's probability by about 2e-4 and its KL by 5e-6: thresholds of that size.
+SMALL = ["method.delta=0.0005", "method.delta_b=0.00005"]
 VARIANTS = {
     "cppo": SMALL,
-    "dppo": ["method=dppo", "method.delta=0.004"],
+    "dppo": ["method=dppo", "method.delta=0.0005"],
     "grpo": ["method=grpo"],
     "minpro": ["method=minpro"],
     "cispo": ["method=cispo"],
-    "trm_max": ["method=trm_max", "method.delta_max=0.0005"],
-    "trm_avg": ["method=trm_avg", "method.delta_avg=0.00005"],
-    "trm_max_avg": ["method=trm_max_avg", "method.delta_max=0.0005", "method.delta_avg=0.00005"],
-    "trm_max over the sampled estimate": ["method=trm_max", "divergence=k3"],
-    "dppo over KL": ["method=dppo", "divergence=binary_kl"],
-    "cppo over KL": ["divergence=binary_kl", "method.delta=0.001", "method.delta_b=0.00002"],
+    "trm_max": ["method=trm_max", "method.delta_max=0.00001"],
+    "trm_avg": ["method=trm_avg", "method.delta_avg=0.000001"],
+    "trm_max_avg": ["method=trm_max_avg", "method.delta_max=0.00001", "method.delta_avg=0.000001"],
+    "trm_max over the sampled estimate": ["method=trm_max", "divergence=k3", "method.delta_max=0.00001"],
+    "dppo over KL": ["method=dppo", "divergence=binary_kl", "method.delta=0.00001"],
+    "cppo over KL": ["divergence=binary_kl", "method.delta=0.00001", "method.delta_b=0.000001"],
     "no position weights": [*SMALL, "method.weights=uniform"],
     "shuffled weights": [*SMALL, "method.weights=shuffled"],
-    "no prefix budget": ["method.delta=0.004", "method.delta_b=null"],
+    "no prefix budget": ["method.delta=0.0005", "method.delta_b=null"],
     "soft gate": [*SMALL, "method.soft_gate=true"],
     "w_min 0.6": [*SMALL, "method.w_min=0.6"],
-    "larger fixed delta_b": ["method.delta=0.004", "method.delta_b=0.03"],
-    "calibrated delta_b": [*SMALL, "method.delta_b_quantile=0.9"],
+    "larger fixed delta_b": ["method.delta=0.0005", "method.delta_b=0.03"],
+    "calibrated delta_b": ["method.delta=0.0005", "method.delta_b=0.0003", "method.delta_b_quantile=0.9"],
     "no ratio cap": [*SMALL, "method.ratio_cap=null"],
     "mask_std_0 off": [*SMALL, "run.mask_std_0=false"],
     "token-mean": [*SMALL, "actor_rollout_ref.actor.loss_agg_mode=token-mean"],
 }
+UNMASKED = ("cispo", "minpro")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_a_mask_really_masks(matrix, name):
     assert share(matrix, name, "trust_region/masked") > 0
 
 
-@pytest.mark.parametrize("name", ["cispo", "minpro"])
+@pytest.mark.parametrize("name", UNMASKED)
 def test_methods_without_a_mask_mask_nothing(matrix, name):
     assert share(matrix, name, "trust_region/masked") == 0
 
@@ -71,5 +73,5 @@ def test_without_a_budget_nothing_is_masked_by_the_prefix(matrix, name):
 
 
 def test_calibrated_budget_varies_between_its_bounds(matrix):
-    assert 0.0008 < share(matrix, "calibrated delta_b", "trust_region/delta_b") <= 0.0016 + 1e-9
-    assert share(matrix, "cppo", "trust_region/delta_b") == pytest.approx(0.0008)
+    assert 0.0003 < share(matrix, "calibrated delta_b", "trust_region/delta_b") <= 0.0006 + 1e-9
+    assert share(matrix, "cppo", "trust_region/delta_b") == pytest.approx(0.00005)
