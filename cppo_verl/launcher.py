@@ -36,6 +36,9 @@ _ENVIRONMENT = {
 _CPU_ENVIRONMENT = {
     "VERL_PLATFORM": "cpu",
     "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    # Rollout and training share the cores in turn: threads that spin while they wait take them from the other.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TQ_NUM_THREADS": "2",
     "VLLM_CPU_KVCACHE_SPACE": "1",
