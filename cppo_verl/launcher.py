@@ -157,12 +157,16 @@ class _Tail:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """A polite kill (a job scheduler's SIGTERM, a terminal that closes) ends the run in the same order as Ctrl-C."""
+    """A polite kill (a job scheduler's SIGTERM, a terminal that closes) ends the run in the same order as Ctrl-C.
+
+    A signal that the caller has switched off (``nohup``) stays off.
+    """
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:

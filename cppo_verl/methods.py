@@ -15,10 +15,21 @@ from torch import Tensor
 
 from cppo_verl import core
 
+
+class Divergence(NamedTuple):
+    """One choice of D_t: a function of ``core`` and what it needs to know."""
+
+    function: Callable[..., Tensor]
+    over_topk: bool
+    """Whether it takes log pi and log mu at the rollout's K most likely tokens, besides those of the sampled token."""
+
+
 DIVERGENCES = {
-    "binary_tv": core.binary_tv,
-    "binary_kl": core.binary_kl,
-    "k3": lambda log_prob, rollout_log_prob: core.k3(log_prob - rollout_log_prob),
+    "topk_tv": Divergence(core.topk_tv, over_topk=True),
+    "topk_kl": Divergence(core.topk_kl, over_topk=True),
+    "binary_tv": Divergence(core.binary_tv, over_topk=False),
+    "binary_kl": Divergence(core.binary_kl, over_topk=False),
+    "k3": Divergence(lambda log_prob, rollout_log_prob: core.k3(log_prob - rollout_log_prob), over_topk=False),
 }
 
 

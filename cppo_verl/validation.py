@@ -1,5 +1,6 @@
 """Checks of a composed configuration: what cannot work is named before Ray starts or verl is imported."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.adapters import compat
 from cppo_verl.config import ConfigError, run_folder
+from cppo_verl.methods import DIVERGENCES
 
 
 def validate(config: DictConfig) -> None:
@@ -38,8 +40,58 @@ def _check_method(config: DictConfig) -> Iterator[str]:
     if config.method.get("allow_tv") is False and config.divergence.kind != "kl":
         yield (
             f"divergence={config.divergence.name}: {config.method.name} is defined on a KL divergence; "
-            "use divergence=binary_kl, or method.allow_tv=true to go on with its KL thresholds on a total variation"
+            "use divergence=topk_kl, or method.allow_tv=true to go on with its KL thresholds on a total variation"
         )
+
+
+def _check_divergence(config: DictConfig) -> Iterator[str]:
+    """Whether the Top-K log-probabilities can be had: from vLLM, and in the actor from verl's logits hook."""
+    name, k = config.divergence.name, config.divergence.k
+    over_topk = DIVERGENCES[name].over_topk
+    if not isinstance(k, int) or (k < 1 if over_topk else k != 0):
+        yield f"divergence.k={k}: {name} needs " + ("a number of tokens, 1 or more" if over_topk else "k=0")
+        return
+    if not over_topk:
+        return
+    if config.divergence.log_prob_dtype not in ("float32", "float16"):
+        yield f"divergence.log_prob_dtype={config.divergence.log_prob_dtype}: use float32 or float16"
+    instead = "or choose divergence=binary_tv, which does not look at the logits"
+    actor, model, rollout = (config.actor_rollout_ref[part] for part in ("actor", "model", "rollout"))
+    vocabulary = _vocabulary_size(model.path)
+    if vocabulary is not None and k > vocabulary:
+        yield f"divergence.k={k}: the vocabulary of actor_rollout_ref.model.path has only {vocabulary} tokens"
+    if model.use_fused_kernels:
+        yield (
+            "actor_rollout_ref.model.use_fused_kernels=true: fused kernels never form the logits that "
+            f"divergence={name} reads; set false, {instead}"
+        )
+    engine = actor.megatron if actor.strategy == "megatron" else actor.fsdp_config
+    if actor.get("pad_to_length", False) or engine.get("pad_to_length", False):
+        yield f"pad_to_length=true: verl's engine refuses it where the loss reads the logits; set false, {instead}"
+    if actor.strategy not in ("fsdp", "fsdp2", "megatron"):
+        yield f"actor_rollout_ref.actor.strategy={actor.strategy}: use fsdp2, fsdp or megatron, {instead}"
+    if actor.strategy == "megatron" and engine.get("dynamic_context_parallel", False):
+        yield f"actor_rollout_ref.actor.megatron.dynamic_context_parallel=true: set false, {instead}"
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        yield f"actor_rollout_ref.rollout.disaggregation.enabled=true: set false, {instead}"
+    limit = rollout.engine_kwargs.vllm.get("max_logprobs")
+    if limit is not None and limit != -1 and limit < k:
+        yield (
+            f"actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={limit} is less than divergence.k={k}; "
+            "leave it alone, it follows divergence.k"
+        )
+
+
+def _vocabulary_size(path: str | None) -> int | None:
+    """Of a local model folder; None where it cannot be told before loading."""
+    file = Path(path).expanduser() / "config.json" if path else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        size = json.loads(file.read_text()).get("vocab_size")
+    except (OSError, ValueError):
+        return None
+    return size if isinstance(size, int) else None
 
 
 def _check_verl_mode(config: DictConfig) -> Iterator[str]:
@@ -62,6 +114,8 @@ def _check_verl_mode(config: DictConfig) -> Iterator[str]:
             "actor_rollout_ref.actor.grad_clip is not read by verl's engine; "
             "set actor_rollout_ref.actor.optim.clip_grad"
         )
+    if config.get("distillation", {}).get("enabled", False):
+        yield "distillation.enabled=true: verl's distillation replaces the policy loss; set false"
     if any(value is not None for value in config.custom_reward_function.values()):
         yield "custom_reward_function.* is ignored by verl 0.9.1; set reward.custom_reward_function.* instead"
 
@@ -251,6 +305,7 @@ def _check_versions(config: DictConfig) -> Iterator[str]:
 _CHECKS: tuple[Callable[[DictConfig], Iterator[str]], ...] = (
     _check_versions,
     _check_method,
+    _check_divergence,
     _check_verl_mode,
     _check_rollout,
     _check_engine,

@@ -16,6 +16,8 @@ class TrustRegionTrainingWorker(TrainingWorker):
 
     def train_mini_batch(self, data: TensorDict) -> TensorDict | None:
         self.loss_fn.begin_update()
+        # verl's name for "show the loss function the logits too".
+        tu.assign_non_tensor(data, distillation_use_topk=self.loss_fn.needs_logits)
         output = super().train_mini_batch(data)
         if output is not None:
             statistics = self.loss_fn.statistics

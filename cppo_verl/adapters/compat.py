@@ -40,9 +40,23 @@ def check() -> None:
         raise IncompatibleError("verl or vLLM differs from what cppo_verl was written for: " + "; ".join(problems))
 
 
-# (file inside the vllm package, class or function, the fields or parameters we rely on)
+# (file inside the vllm package, class or function, the fields, methods, parameters or names in it that we rely on)
 _VLLM_SEAMS = (
-    ("sampling_params.py", "SamplingParams", ("seed", "logprobs", "temperature", "top_p", "top_k", "max_tokens")),
+    (
+        "sampling_params.py",
+        "SamplingParams",
+        ("seed", "logprobs", "temperature", "top_p", "top_k", "max_tokens", "extra_args"),
+    ),
+    (
+        "v1/engine/logprobs.py",
+        "LogprobsProcessor",
+        (
+            *("tokenizer", "logprobs", "prompt_logprobs", "cumulative_logprob", "num_logprobs", "num_prompt_logprobs"),
+            *("from_new_request", "_update_sample_logprobs"),
+        ),
+    ),
+    ("v1/engine/output_processor.py", "RequestState", ("LogprobsProcessor", "from_new_request")),
+    ("v1/outputs.py", "LogprobsLists", ("logprob_token_ids", "logprobs")),
     ("model_executor/layers/utils.py", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
 )
 
@@ -61,15 +75,19 @@ def vllm_mismatches(package: Path) -> list[str]:
 
 
 def _names(node: ast.stmt) -> set[str]:
-    """Parameters of a function, or annotated fields of a class."""
+    """Parameters of a function; or annotated fields and methods of a class, and the names that its methods look up."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
-    fields = [item for item in getattr(node, "body", []) if isinstance(item, ast.AnnAssign)]
-    return {item.target.id for item in fields if isinstance(item.target, ast.Name)}
+    body = getattr(node, "body", [])
+    fields = {item.target.id for item in body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
+    methods = [item for item in body if isinstance(item, ast.FunctionDef)]
+    looked_up = {name.id for item in methods for name in ast.walk(item) if isinstance(name, ast.Name)}
+    return fields | {item.name for item in methods} | looked_up
 
 
 def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     """(callable, the parameter names we pass or override)."""
+    from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
     from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
@@ -78,7 +96,11 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     from verl.utils import tensordict_utils
     from verl.utils.distributed import initialize_global_process_group_ray
     from verl.utils.tracking import Tracking
+    from verl.utils.ulysses import slice_input_tensor
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
     from verl.workers.utils.padding import no_padding_2_padding
 
     return [
@@ -92,6 +114,12 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (ActorRolloutRefWorker.set_loss_fn, ("self", "loss_fn")),
         (TrainingWorker.train_mini_batch, ("self", "data")),
         (TrainingWorker.train_batch, ("self", "data")),
+        (FSDPEngineWithLMHead.prepare_model_outputs, ("output", "output_args", "micro_batch", "logits_processor_func")),
+        (slice_input_tensor, ("x", "dim")),
+        (RolloutReplicaRegistry.register, ("name", "loader")),
+        (vLLMHttpServer.run_server, ("self", "args")),
+        (vLLMHttpServer.generate, ("self", "prompt_ids", "sampling_params", "request_id")),
+        (AgentLoopOutput.as_dict, ("self",)),
         (ReplayBuffer.__init__, ("poll_interval",)),
         (TaskRunnerV1.__ray_metadata__.modified_class.init_agent_loop_manager, ("self",)),
         (Tracking.log, ("self", "data", "step")),
@@ -104,6 +132,7 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (PPOTrainerSync._init_resource_pool_mgr, ("self",)),
         (PPOTrainerSync._load_checkpoint, ("self",)),
         (PPOTrainerSync._save_checkpoint, ("self",)),
+        (PPOTrainerSync._submit_batch_to_rollout, ("self", "batch")),
         (PPOTrainerSync._balance_batch, ("self", "batch", "metrics")),
         (PPOTrainerSync._compute_advantage, ("self", "batch", "metrics")),
         (PPOTrainerSync._update_actor, ("self", "batch", "metrics")),

@@ -13,6 +13,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
 from cppo_verl.adapters.token_statistics import TokenStatistics
+from cppo_verl.adapters.topk import TopK, TopKLogits
 from cppo_verl.core.checks import require_not_nan
 from cppo_verl.methods import DIVERGENCES, Outcome, Tokens
 
@@ -26,8 +27,9 @@ class TrustRegionConfig(PolicyLossConfig):
 
 
 class TrustRegionLoss:
-    """Called once per micro-batch of whole responses: divergence, method, reduction, statistics.
+    """Called for each micro-batch of whole responses: divergence, method, reduction, statistics.
 
+    Where the divergence looks at the top K tokens, verl's engine first calls it with the micro-batch's logits.
     verl pads a micro-batch to its own longest response, so lengths, prefix sums and quantiles all come from the mask.
     """
 
@@ -35,7 +37,12 @@ class TrustRegionLoss:
         self.config = config
         self.method = config.policy_loss.method
         self.divergence = DIVERGENCES[config.policy_loss.divergence["name"]]
+        self._topk_logits = TopKLogits()
         self.begin_update()
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.divergence.over_topk
 
     def begin_update(self) -> None:
         """Forget the last update's statistics; an update is all minibatches trained on one batch of rollouts."""
@@ -48,23 +55,36 @@ class TrustRegionLoss:
         self._microbatch = 0
 
     def __call__(
-        self, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """verl's loss signature. Returns the scalar to back-propagate; metrics are collected in ``statistics``."""
+        self,
+        model_output: dict[str, Tensor] | None = None,
+        data: TensorDict | None = None,
+        dp_group: Any = None,
+        student_logits: Tensor | None = None,
+        data_format: str | None = None,
+    ) -> tuple[Tensor, dict[str, Any]] | dict[str, Tensor]:
+        """verl's loss signature. Returns the scalar to back-propagate; metrics are collected in ``statistics``.
+
+        With ``student_logits`` it is verl's logits hook: nothing is returned for verl to carry along.
+        """
+        assert data is not None
+        if student_logits is not None:
+            self._topk_logits.collect(student_logits, data, data_format)
+            return {}
+        assert model_output is not None
         entropy = model_output.get("entropy")
         if entropy is not None:
             entropy = no_padding_2_padding(entropy, data)
-        tokens = self._tokens(no_padding_2_padding(model_output["log_probs"], data), data)
+        tokens, topk = self._tokens(no_padding_2_padding(model_output["log_probs"], data), data)
         outcome = self.method(tokens)
         loss = self._reduce(outcome.loss, tokens.response_mask, data)
         loss = loss + self._verl_terms(tokens, entropy, data)
         detached = None if entropy is None else entropy.detach()
         self.statistics.add(tokens, outcome, detached, first_minibatch=self.minibatch <= 0)
-        self._dump(tokens, outcome, data)
+        self._dump(tokens, outcome, topk, data)
         self._microbatch += 1
         return loss, {}
 
-    def _tokens(self, log_prob: Tensor, data: TensorDict) -> Tokens:
+    def _tokens(self, log_prob: Tensor, data: TensorDict) -> tuple[Tokens, TopK | None]:
         padded = data.select("response_mask", "loss_mask", "rollout_log_probs", "advantages").to_padded_tensor()
         rollout_log_prob = padded["rollout_log_probs"].float()
         seeds = data.get("response_seeds", None)
@@ -75,9 +95,15 @@ class TrustRegionLoss:
         advantages = padded["advantages"].float()
         # The one value check of a micro-batch: a NaN divergence would compare as "not exceeded" and pass every mask.
         require_not_nan(valid, log_prob=log_prob, rollout_log_prob=rollout_log_prob, advantages=advantages)
-        with torch.no_grad():
-            divergence = self.divergence(log_prob.detach(), rollout_log_prob)
-        return Tokens(log_prob.float(), rollout_log_prob, advantages, valid, divergence, seeds)
+        current, topk = log_prob.detach(), None
+        if self.needs_logits:
+            topk = self._topk_logits.finish(current, rollout_log_prob, padded["response_mask"].bool(), data)
+            divergence = self.divergence.function(
+                current, rollout_log_prob, topk.log_prob, topk.rollout_log_prob, topk.sampled_in_topk
+            )
+        else:
+            divergence = self.divergence.function(current, rollout_log_prob)
+        return Tokens(log_prob.float(), rollout_log_prob, advantages, valid, divergence, seeds), topk
 
     def _reduce(self, values: Tensor, mask: Tensor, data: TensorDict) -> Tensor:
         return agg_loss(
@@ -102,7 +128,7 @@ class TrustRegionLoss:
             term = term + self.config.kl_loss_coef * self._reduce(kl, tokens.response_mask, data)
         return term
 
-    def _dump(self, tokens: Tokens, outcome: Outcome, data: TensorDict) -> None:
+    def _dump(self, tokens: Tokens, outcome: Outcome, topk: TopK | None, data: TensorDict) -> None:
         """Write this micro-batch's tensors (``run.dump_steps``): one file per rank, minibatch and micro-batch."""
         folder = tu.get_non_tensor_data(data, key="dump_dir", default=None)
         if not folder:
@@ -110,6 +136,9 @@ class TrustRegionLoss:
         fields = data.select("prompts", "responses").to_padded_tensor(0)
         content = {name: value.detach().cpu() for name, value in tokens._asdict().items() if value is not None}
         content |= {name: value.detach().cpu() for name, value in outcome._asdict().items() if value is not None}
+        if topk is not None:
+            content |= {"topk_ids": topk.ids.int().cpu(), "topk_log_prob": topk.log_prob.cpu()}
+            content |= {"rollout_topk_log_prob": topk.rollout_log_prob.cpu()}
         content |= {"prompts": fields["prompts"].cpu(), "responses": fields["responses"].cpu()}
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         os.makedirs(folder, exist_ok=True)

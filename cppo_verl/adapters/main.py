@@ -27,8 +27,10 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
         import transfer_queue as tq
         from verl.utils.logging_utils import configure_verl_logging
 
+        from cppo_verl.adapters import rollout_server
         from cppo_verl.adapters.trainer import TrustRegionTrainer
 
+        rollout_server.register()
         configure_verl_logging()
         config.transfer_queue.enable = True
         OmegaConf.resolve(config)

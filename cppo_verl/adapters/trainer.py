@@ -13,10 +13,12 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils import tensordict_utils as tu
 from verl.utils.tracking import Tracking
 
 from cppo_verl.adapters.actor import TrustRegionActorWorker
 from cppo_verl.adapters.seeding import problem_key, response_seed
+from cppo_verl.adapters.topk import IDS, LOG_PROBS
 from cppo_verl.run_log import RunLog
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
@@ -83,6 +85,11 @@ class TrustRegionTrainer(PPOTrainerSync):
         super().on_sample_begin()
         self.log.event("generating", step=self.global_steps)
 
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        # Read by our agent loop. Validation batches do not pass here: they ask for no Top-K log-probabilities.
+        tu.assign_non_tensor_data(batch, "divergence_k", self.config.divergence.k)
+        return super()._submit_batch_to_rollout(batch)
+
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         self._step_metrics = metrics
         return super().step(metrics, timing_raw)
@@ -119,7 +126,10 @@ class TrustRegionTrainer(PPOTrainerSync):
             problems = _problems(batch)
             samples = [_sample_number(key) for key in batch.keys]
             batch.reorder(sorted(range(len(batch)), key=lambda row: (problems[row], samples[row])))
-        return super()._balance_batch(batch, metrics, *args, **kwargs)
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
+        if self.config.divergence.k:
+            _shorten_padding_rows(batch)
+        return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
@@ -193,6 +203,16 @@ def _clear_loss_mask(batch: KVBatchMeta, rows: list[int]) -> None:
     cleared = torch.nested.as_nested_tensor([torch.zeros_like(row) for row in mask.unbind()], layout=torch.jagged)
     fields = TensorDict({"loss_mask": cleared}, batch_size=len(keys))
     tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
+
+
+def _shorten_padding_rows(batch: KVBatchMeta) -> None:
+    """verl fills a batch up with one-token copies of its first response, but copies fields it does not know whole."""
+    keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("is_padding", False)]
+    if not keys:
+        return
+    stored = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[IDS, LOG_PROBS])
+    shortened = {name: torch.stack([row[:1] for row in stored[name].unbind()]) for name in (IDS, LOG_PROBS)}
+    tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(shortened, batch_size=len(keys)))
 
 
 def _put_response_seeds(batch: KVBatchMeta, run_seed: int, step: int) -> None:

@@ -1,6 +1,7 @@
 """verl's FSDP2 engine with our loss on one fixed batch, without Ray: ``python engine.py CONFIG OUT RANK WORLD PORT``.
 
-The learning rate is 0, so that every update starts from the same weights. One JSON line per update.
+The learning rate is 0, so that every update starts from the same weights. One JSON line per update; what the updates
+are to be compared with - the full distributions of both policies - goes to OUT.truth.
 """
 
 import json
@@ -11,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-DELTA, DELTA_B, W_MIN = 0.006, 0.002, 0.8
+DELTA, DELTA_B, W_MIN = 0.105, 0.085, 0.8
 RESPONSES = 16
 
 
@@ -19,31 +20,43 @@ def nested(rows):
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
-def fixed_batch(rank, world):
-    """This rank's share of 16 responses of 1-40 tokens; rollout log-probabilities scattered around a random model's."""
+def fixed_rows(model_path, k):
+    """16 responses of 1-40 tokens of random ids; mu is the model's own distribution with noise on every logit."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     lengths = [1, 2, 40, *torch.randint(5, 40, (RESPONSES - 3,), generator=generator).tolist()]
     rows = []
     for index, length in enumerate(lengths):
         prompt = torch.randint(7, 50, (6,), generator=generator)
         response = torch.randint(7, 50, (length,), generator=generator)
-        log_mu = -3.97 + 0.4 * torch.randn(length, generator=generator)
-        advantage = torch.randn((), generator=generator).expand(length)
-        valid = torch.full((length,), int(index != 4))  # response 4 belongs to a skipped group
-        rows.append((prompt, response, log_mu, advantage, valid))
-    rows = rows[rank::world]
-    columns = {
-        "prompts": [row[0] for row in rows],
-        "responses": [row[1] for row in rows],
-        "input_ids": [torch.cat(row[:2]) for row in rows],
-        "position_ids": [torch.arange(len(row[0]) + len(row[1])) for row in rows],
-        "response_mask": [torch.ones_like(row[1]) for row in rows],
-        "loss_mask": [row[4] for row in rows],
-        "rollout_log_probs": [row[2] for row in rows],
-        "advantages": [row[3].clone() for row in rows],
-    }
-    batch = TensorDict({name: nested(column) for name, column in columns.items()}, batch_size=len(rows))
-    batch["response_seeds"] = torch.arange(RESPONSES)[rank::world].unsqueeze(-1)
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        full_log_mu = (logits + 0.4 * torch.randn(logits.shape, generator=generator)).log_softmax(-1)
+        topk = full_log_mu.topk(k, dim=-1)
+        rows.append(
+            {
+                "prompts": prompt,
+                "responses": response,
+                "input_ids": torch.cat([prompt, response]),
+                "position_ids": torch.arange(len(prompt) + length),
+                "response_mask": torch.ones_like(response),
+                "loss_mask": torch.full((length,), int(index != 4)),  # response 4 belongs to a skipped group
+                "rollout_log_probs": full_log_mu.gather(-1, response[:, None])[:, 0],
+                "advantages": torch.randn((), generator=generator).repeat(length),
+                "rollout_topk_ids": topk.indices.int(),
+                "rollout_topk_log_probs": topk.values,
+                "truth": {"log_pi": logits.double().log_softmax(-1), "log_mu": full_log_mu.double()},
+            }
+        )
+    return rows
+
+
+def batch_of(rows, seeds):
+    columns = {name: nested([row[name] for row in rows]) for name in rows[0] if name != "truth"}
+    batch = TensorDict(columns, batch_size=len(rows))
+    batch["response_seeds"] = seeds.unsqueeze(-1)
     return batch
 
 
@@ -70,7 +83,7 @@ def build_worker(config):
     return worker
 
 
-def update(worker, batch, micro_batch_size, dump_dir=""):
+def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False):
     from verl.utils import tensordict_utils as tu
 
     batch = batch.clone()
@@ -82,8 +95,8 @@ def update(worker, batch, micro_batch_size, dump_dir=""):
         mini_batch_size=RESPONSES,
         epochs=1,
         micro_batch_size_per_gpu=micro_batch_size,
-        use_dynamic_bsz=False,
-        max_token_len_per_gpu=4096,
+        use_dynamic_bsz=dynamic,
+        max_token_len_per_gpu=100 if dynamic else 4096,
         dump_dir=dump_dir,
     )
     return tu.get(worker.train_mini_batch(batch), "metrics")
@@ -102,12 +115,15 @@ def main(config_file, out, rank, world, port):
     }
     config = OmegaConf.load(config_file)
     worker = build_worker(config)
-    batch = fixed_batch(int(rank), int(world))
+    rows = fixed_rows(config.actor_rollout_ref.model.path, config.divergence.k or 20)
+    torch.save(rows, f"{out}.truth")
+    share = slice(int(rank), None, int(world))
+    batch = batch_of(rows[share], torch.arange(RESPONSES)[share])
+    sizes = {1: "", 4: "", len(batch): f"{out}.dump"}
     with open(f"{out}.{rank}", "w") as file:
-        for size in (1, 4, RESPONSES):
-            if size > len(batch):
-                size = len(batch)
-            metrics = update(worker, batch, size, dump_dir=f"{out}.dump" if size == len(batch) else "")
+        for size, dump in [*sizes.items(), ("dynamic", f"{out}.dump-dynamic")]:
+            dynamic = size == "dynamic"
+            metrics = update(worker, batch, None if dynamic else size, dump, dynamic)
             plain = {name: torch.tensor(value).double().mean().item() for name, value in metrics.items()}
             file.write(json.dumps({"micro_batch_size": size, **plain}) + "\n")
 

@@ -1,4 +1,5 @@
-"""Our loss inside verl's real FSDP2 engine: micro-batching and data parallelism change neither gradient nor metrics."""
+"""Our loss inside verl's real FSDP2 engine: micro-batching, data parallelism and packing change neither gradient nor
+metrics, and D_t is that of the full distributions."""
 
 import json
 import os
@@ -84,8 +85,8 @@ def assert_same_update(reference, other):
 
 def test_micro_batch_size_changes_nothing(linear):
     _, updates = linear
-    assert [update["micro_batch_size"] for update in updates] == [1, 4, 16]
-    for update in updates[:2]:
+    assert [update["micro_batch_size"] for update in updates] == [1, 4, 16, "dynamic"]
+    for update in updates:
         assert_same_update(updates[2], update)
 
 
@@ -102,8 +103,82 @@ def test_shuffled_weights_do_not_depend_on_micro_batches(engine_config, tmp_path
     config = engine_config.copy()
     config.method.weights = "shuffled"
     updates = run_engine(config, tmp_path, world=1)[0]
-    for update in updates[:2]:
+    for update in updates:
         assert_same_update(updates[2], update)
+
+
+def true_divergence(name, row, k):
+    """D_t of one response from the full float64 distributions: cells built explicitly, token by token."""
+    log_pi, log_mu = row["truth"]["log_pi"], row["truth"]["log_mu"]
+    result = []
+    for t, sampled in enumerate(row["responses"].tolist()):
+        pi, mu = log_pi[t].exp(), log_mu[t].exp()
+        cells = {sampled}
+        if name.startswith("topk"):
+            cells |= set(mu.argsort(descending=True)[:k].tolist())
+        cells = sorted(cells)
+        rest = [index for index in range(len(pi)) if index not in cells]
+        cell_pi, cell_mu = (torch.cat([p[cells], p[rest].sum()[None]]) for p in (pi, mu))
+        if name.endswith("tv"):
+            result.append(0.5 * (cell_pi - cell_mu).abs().sum())
+        else:
+            held = cell_mu > 0
+            result.append((cell_mu[held] * (cell_mu[held] / cell_pi[held]).log()).sum())
+    return torch.stack(result)
+
+
+def largest_error(folder, world, name, k):
+    """Of every dumped token's divergence, whatever rank, micro-batch or order it was computed in."""
+    rows = torch.load(next(folder.glob("*.truth")))
+    found, worst = 0, 0.0
+    for path in folder.glob(f"updates-{world}.dump*/*.pt"):
+        dump = torch.load(path)
+        for response, valid, divergence in zip(
+            dump["responses"], dump["response_mask"], dump["divergence"], strict=True
+        ):
+            if not valid.any():
+                continue  # the skipped group
+            (row,) = [
+                row
+                for row in rows
+                if len(row["responses"]) == valid.sum() and torch.equal(row["responses"], response[: valid.sum()])
+            ]
+            found += len(row["responses"])
+            error = (divergence[valid].double() - true_divergence(name, row, k)).abs().max()
+            worst = max(worst, error.item())
+    expected = sum(len(row["responses"]) for index, row in enumerate(rows) if index != 4)
+    assert found == 2 * expected  # one dump of equal micro-batches, one of dynamic ones
+    return worst
+
+
+def test_divergence_is_that_of_the_full_distributions(linear):
+    assert largest_error(linear[0], 1, "topk_tv", 20) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "packed"),
+    [
+        ("topk_kl", 1, False),
+        ("binary_tv", 1, False),
+        ("binary_kl", 1, False),
+        ("topk_tv", 2, False),
+        ("topk_tv", 1, True),
+        ("topk_kl", 2, True),
+    ],
+)
+def test_every_divergence_on_ranks_and_packed_sequences(engine_config, linear, tmp_path, name, world, packed):
+    """Packed: verl's padding removal, with dynamic micro-batches, on transformers' sdpa attention."""
+    from cppo_verl.config import compose
+
+    config = engine_config.copy()
+    config.divergence = compose(["platform=cpu", f"divergence={name}"]).divergence
+    config.actor_rollout_ref.model.use_remove_padding = packed
+    config.trainer.n_gpus_per_node = world
+    ranks = run_engine(config, tmp_path, world=world)
+    assert largest_error(tmp_path, world, name, 20) < 1e-5
+    if name == "topk_tv":
+        for update in ranks[0]:
+            assert_same_update(linear[1][2], update)
 
 
 def test_the_mask_changes_the_gradient(engine_config, linear, tmp_path):

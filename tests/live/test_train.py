@@ -99,11 +99,16 @@ def test_ctrl_c_leaves_no_process(overrides, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background job ignores SIGINT, and so would this process if the tests run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run)) >= 2, 400)
-    assert len(leftovers(run)) > 3
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run)) >= 2, 400)
+        assert len(leftovers(run)) > 3
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.terminate()
     assert process.returncode == 130
     assert "interrupted" in output
     assert leftovers(run) == []
