@@ -1,26 +1,38 @@
 """One real stack (verl + Ray + vLLM + FSDP2 on the CPU): CPPO and a baseline train, and the mask is the paper's."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
-from mask_oracle import mask_of_response
+from mask_oracle import divergences_of_response, mask_of_response
 from stack import run_stages
+
+from cppo_verl import core
 
 pytestmark = pytest.mark.live
 
-# Thresholds small enough that an untrained tiny model exceeds both within two minibatches.
-DELTA, DELTA_B, W_MIN = 0.004, 0.0008, 0.8
-CPPO = ["method=cppo", f"method.delta={DELTA}", f"method.delta_b={DELTA_B}", f"method.w_min={W_MIN}"]
+# Thresholds (delta, delta_b) small enough that an untrained tiny model exceeds both within two minibatches: the first
+# update moves the whole distribution (Top-K), the sampled token alone by far less (binary).
+W_MIN = 0.8
+TOPK, BINARY = (0.075, 0.065), (0.0005, 0.0001)
+VOCABULARY = 55
+
+
+def cppo(delta, delta_b):
+    return ["method=cppo", f"method.delta={delta}", f"method.delta_b={delta_b}", f"method.w_min={W_MIN}"]
 
 
 @pytest.fixture(scope="module")
 def stages(live_base):
     plan = [
-        ("cppo", [*CPPO, "run.dump_steps=[1,3]"], 3),
+        ("cppo", [*cppo(*TOPK), "run.dump_steps=[1,3]"], 3),
         ("grpo", ["method=grpo"], 2),
+        ("cppo over the whole vocabulary", [*cppo(*TOPK), f"divergence.k={VOCABULARY}", "run.dump_steps=[7]"], 2),
+        ("cppo over binary TV", [*cppo(*BINARY), "divergence=binary_tv", "run.dump_steps=[9]"], 2),
     ]
-    return run_stages(live_base, plan, timeout=600)
+    limit = f"actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={VOCABULARY}"
+    return run_stages([*live_base, limit], plan, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,7 @@ def dumps(stages, live_folder):
 
 
 def test_cppo_and_a_baseline_train(stages):
-    assert [len(stages[name]) for name in ("cppo", "grpo")] == [3, 2]
+    assert [len(lines) for lines in stages.values()] == [3, 2, 2, 2]
     for lines in stages.values():
         for line in lines:
             assert math.isfinite(line["actor/grad_norm"])
@@ -55,11 +67,15 @@ def test_identical_weights_have_no_divergence_and_mask_nothing(dumps, stages):
 
 def test_mask_of_the_training_step_is_the_papers(dumps):
     """Token for token against the float64 loop, in minibatches after the first, but for tokens on a threshold."""
-    compared = near = by_token = by_prefix = 0
-    for (_, minibatch), batches in dumps.items():
+    compared, near = 0, 0
+    masked = {"Top-K": Counter(), "binary": Counter()}
+    for (step, minibatch), batches in dumps.items():
+        kind = "binary" if step == 9 else "Top-K"
+        delta, delta_b = BINARY if kind == "binary" else TOPK
+        assert all(("topk_ids" in batch) == (kind == "Top-K") for batch in batches)
         for batch in batches if minibatch > 0 else []:
             for row in range(len(batch["response_mask"])):
-                wanted, margin, causes = mask_of_response(batch, row, delta=DELTA, delta_b=DELTA_B, w_min=W_MIN)
+                wanted, margin, causes = mask_of_response(batch, row, delta=delta, delta_b=delta_b, w_min=W_MIN)
                 kept = (batch["gate"][row][batch["response_mask"][row]] == 1).tolist()
                 for got, want, distance, cause in zip(kept, wanted, margin, causes, strict=True):
                     if distance < 1e-6:
@@ -67,13 +83,65 @@ def test_mask_of_the_training_step_is_the_papers(dumps):
                         continue
                     assert got == want
                     compared += 1
-                    by_token += not want and cause == "token"
-                    by_prefix += not want and cause == "prefix"
-    print(
-        f"compared {compared} tokens, {near} within 1e-6 of a threshold; masked: token {by_token}, prefix {by_prefix}"
-    )
-    assert by_token + by_prefix >= 20
-    assert min(by_token, by_prefix) > 0
+                    masked[kind][cause] += not want
+    print(f"compared {compared} tokens, {near} within 1e-6 of a threshold; masked: {masked}")
+    for causes in masked.values():
+        assert causes.total() >= 20
+        assert min(causes["token"], causes["prefix"]) > 0
+
+
+def test_divergence_of_the_training_step_is_that_of_a_float64_loop(dumps):
+    """Every token of every dump: K = 20, K = the vocabulary, and the sampled token alone."""
+    for batches in dumps.values():
+        for batch in batches:
+            for row, valid in enumerate(batch["response_mask"]):
+                expected = torch.tensor(divergences_of_response(batch, row), dtype=torch.float64)
+                assert torch.allclose(batch["divergence"][row][valid].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_log_probs_at_the_topk_are_the_models(dumps, live_assets):
+    """Before the first update the weights are those on disk: a plain forward pass of transformers says the same."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(live_assets / "model", dtype=torch.float32)
+    pad = model.config.pad_token_id or 0
+    compared = 0
+    for batch in dumps[1, 0]:
+        assert batch["topk_ids"].shape[-1] == 20
+        for row, valid in enumerate(batch["response_mask"]):
+            prompt = batch["prompts"][row]
+            prompt = prompt[prompt != pad] if pad in prompt else prompt
+            response = batch["responses"][row][valid]
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(-1, batch["topk_ids"][row][valid].long())
+            for name in ("topk_log_prob", "rollout_topk_log_prob"):
+                assert torch.allclose(batch[name][row][valid], expected, rtol=0, atol=1e-5), name
+            compared += expected.numel()
+    assert compared > 50 * 20
+
+
+def test_binary_topk_and_full_total_variation_are_ordered(dumps):
+    """On every token of a real batch after its first update; K = vocabulary is the full total variation."""
+    tokens = strictly = 0
+    for batch in dumps[7, 1]:
+        valid = batch["response_mask"]
+        log_pi, log_mu = (batch[name][valid].double() for name in ("topk_log_prob", "rollout_topk_log_prob"))
+        assert log_pi.shape[-1] == VOCABULARY
+        assert ((log_pi.exp().sum(-1) - 1).abs() < 1e-5).all()
+        full = 0.5 * (log_pi.exp() - log_mu.exp()).abs().sum(-1)
+        assert torch.allclose(batch["divergence"][valid].double(), full, rtol=0, atol=1e-6)
+        sampled = batch["responses"][valid]
+        in_topk = (batch["topk_ids"][valid][:, :20] == sampled[:, None]).any(-1)
+        own_pi, own_mu = batch["log_prob"][valid].double(), batch["rollout_log_prob"][valid].double()
+        binary = core.binary_tv(own_pi[None], own_mu[None])[0]
+        topk = core.topk_tv(own_pi[None], own_mu[None], log_pi[None, :, :20], log_mu[None, :, :20], in_topk[None])[0]
+        assert (binary <= topk + 1e-6).all()
+        assert (topk <= full + 1e-6).all()
+        tokens += len(full)
+        strictly += int(((binary + 1e-6 < topk) & (topk + 1e-6 < full)).sum())
+    print(f"{tokens} tokens, {strictly} strictly between binary and full")
+    assert strictly > 0.5 * tokens > 50
 
 
 def test_reported_shares_are_those_of_the_dump(dumps, stages):

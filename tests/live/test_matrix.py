@@ -7,7 +7,8 @@ from stack import run_stages
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 
-# Two steps of an untrained model move a token's probability by about 2e-4 and its KL by 5e-6: thresholds of that size.
+# Two steps of an untrained model move a token's probability by about 2e-4 and its binary KL by 5e-6: thresholds of that
+# size.
 SMALL = ["method.delta=0.0005", "method.delta_b=0.00005"]
 VARIANTS = {
     "cppo": SMALL,
@@ -18,9 +19,15 @@ VARIANTS = {
     "trm_max": ["method=trm_max", "method.delta_max=0.00001"],
     "trm_avg": ["method=trm_avg", "method.delta_avg=0.000001"],
     "trm_max_avg": ["method=trm_max_avg", "method.delta_max=0.00001", "method.delta_avg=0.000001"],
+    "trm_max over binary KL": ["method=trm_max", "divergence=binary_kl", "method.delta_max=0.00001"],
     "trm_max over the sampled estimate": ["method=trm_max", "divergence=k3", "method.delta_max=0.00001"],
-    "dppo over KL": ["method=dppo", "divergence=binary_kl", "method.delta=0.00001"],
-    "cppo over KL": ["divergence=binary_kl", "method.delta=0.00001", "method.delta_b=0.000001"],
+    "dppo over KL": ["method=dppo", "divergence=topk_kl", "method.delta=0.00001"],
+    "dppo over binary TV": ["method=dppo", "divergence=binary_tv", "method.delta=0.0005"],
+    "dppo over binary KL": ["method=dppo", "divergence=binary_kl", "method.delta=0.00001"],
+    "cppo over KL": ["divergence=topk_kl", "method.delta=0.00001", "method.delta_b=0.000001"],
+    "cppo over binary TV": ["divergence=binary_tv", *SMALL],
+    "cppo over binary KL": ["divergence=binary_kl", "method.delta=0.00001", "method.delta_b=0.000001"],
+    "K = 5": ["divergence.k=5", *SMALL],
     "no position weights": [*SMALL, "method.weights=uniform"],
     "shuffled weights": [*SMALL, "method.weights=shuffled"],
     "no prefix budget": ["method.delta=0.0005", "method.delta_b=null"],
@@ -55,7 +62,11 @@ def share(matrix, name, metric):
 
 
 @pytest.mark.parametrize(
-    "name", ["cppo", "dppo", "trm_max", "trm_avg", "cppo over KL", "soft gate", "shuffled weights"]
+    "name",
+    [
+        *("cppo", "dppo", "trm_max", "trm_avg", "soft gate", "shuffled weights", "K = 5"),
+        *("cppo over KL", "cppo over binary TV", "cppo over binary KL", "dppo over KL", "dppo over binary TV"),
+    ],
 )
 def test_a_mask_really_masks(matrix, name):
     assert share(matrix, name, "trust_region/masked") > 0

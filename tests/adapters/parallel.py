@@ -1,0 +1,57 @@
+"""One rank of divided logits: ``parallel.py ulysses SP`` or ``parallel.py megatron TP CP`` (RANK, WORLD_SIZE set)."""
+
+import sys
+
+import torch
+from topk_cases import VOCABULARY, expected_log_probs, micro_batch, nested
+
+from cppo_verl.adapters.topk import TopKLogits
+
+LENGTHS = [5, 1, 9, 3, 7]
+
+
+def by_ulysses(logits, data, size):
+    from verl.utils.ulysses import set_ulysses_sequence_parallel_group, slice_input_tensor
+
+    set_ulysses_sequence_parallel_group(torch.distributed.group.WORLD)
+    assert torch.distributed.get_world_size() == size
+    yield slice_input_tensor(logits.unsqueeze(0), dim=1), None
+
+
+def by_megatron(logits, data, tensor_parallel, context_parallel):
+    """The logits as Megatron's last stage would hold them: positions by verl's layout, ids by equal shards."""
+    from megatron.core import parallel_state
+    from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel, context_parallel_size=context_parallel
+    )
+    lengths = data["input_ids"].offsets().diff().tolist()
+    rows = nested(list(logits.split(lengths)))
+    shard = VOCABULARY // tensor_parallel
+    first = parallel_state.get_tensor_model_parallel_rank() * shard
+    for data_format, layout in (("thd", preprocess_thd_engine), ("bshd", preprocess_bshd_engine)):
+        yield layout(rows, pre_process=True)[0][..., first : first + shard], data_format
+
+
+def main(kind, *sizes):
+    torch.distributed.init_process_group("gloo")
+    data, logits, log_pi, log_mu, valid = micro_batch(LENGTHS)
+    expected = expected_log_probs(data, logits)
+    divide = by_ulysses if kind == "ulysses" else by_megatron
+    for local, data_format in divide(logits, data, *map(int, sizes)):
+        assert local.numel() < logits.numel()
+        collector = TopKLogits()
+        collector.collect(local, data, data_format)
+        topk = collector.finish(log_pi, log_mu, valid, data)
+        errors = [
+            (topk.log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
+            for row, rows in enumerate(expected)
+        ]
+        assert max(errors) < 1e-5, (data_format, errors)
+        print(f"{data_format or kind}: equal to the single process within {max(errors):.1e}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,273 @@
+"""The actor's side of the Top-K divergence: alignment, precision, guards, and every way of dividing the logits."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from topk_cases import VOCABULARY, K, expected_log_probs, micro_batch, nested
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cppo_verl.adapters.topk import IDS, LOG_PROBS, TopKError, TopKLogits, gather_logits, response_markers
+
+PARALLEL = Path(__file__).with_name("parallel.py")
+MEGATRON_CORE = "0.16.1"
+LENGTHS = [5, 1, 9, 3]
+
+
+def run(case, collector=None):
+    data, logits, log_pi, log_mu, valid = case
+    collector = collector or TopKLogits()
+    collector.collect(logits.unsqueeze(0), data)
+    return collector.finish(log_pi, log_mu, valid, data)
+
+
+def worst_error(topk, data, logits):
+    errors = [
+        (topk.log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
+        for row, rows in enumerate(expected_log_probs(data, logits))
+        if rows
+    ]
+    return max(errors)
+
+
+def test_markers_number_the_token_that_a_position_predicts():
+    data, *_ = micro_batch([2, 3])  # prompts of 3 and 4 tokens
+    assert response_markers(data).tolist() == [0, 0, 1, 2, 0, *[0, 0, 0, 3, 4, 5, 0]]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [1], [4, 4, 4], [3, 0, 2], [0, 0]])
+def test_log_probs_at_the_rollouts_ids(lengths):
+    case = micro_batch(lengths)
+    topk = run(case)
+    assert topk.log_prob.shape == (len(lengths), max(lengths), K)
+    if any(lengths):
+        assert worst_error(topk, case[0], case[1]) < 1e-5
+    for row, length in enumerate(lengths):
+        sampled, ids = case[0]["responses"][row], case[0][IDS][row]
+        wanted = [token.item() in row_ids.tolist() for token, row_ids in zip(sampled, ids, strict=True)]
+        assert topk.sampled_in_topk[row, :length].tolist() == wanted
+
+
+def test_a_dense_batch_of_equal_lengths_is_the_same():
+    case = micro_batch([4, 4, 4])
+    reference = run(case)
+    dense = case[0].clone()
+    for name in (IDS, LOG_PROBS):
+        dense[name] = torch.stack(list(case[0][name].unbind()))
+    assert torch.equal(run((dense, *case[1:])).log_prob, reference.log_prob)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+def test_normaliser_from_the_sampled_token_costs_a_rounding_of_the_largest_logit(scale):
+    """log Z = logit_y - log pi(y) needs no softmax; below 1e-5 in probability for logits up to 40 (scale 10)."""
+    data, logits, _, log_mu, valid = micro_batch([400], scale=scale, vocabulary=2000)
+    direct = logits[2:-1].log_softmax(-1)
+    log_pi = direct.gather(-1, data["responses"][0][:, None]).T
+    exact = torch.tensor(expected_log_probs(data, logits)[0]).double().exp()
+    topk = run((data, logits, log_pi, log_mu, valid))
+    error = (topk.log_prob[0].double().exp() - exact).abs().max().item()
+    error_direct = (direct.gather(-1, data[IDS][0].long()).double().exp() - exact).abs().max().item()
+    largest = logits.abs().max().item()
+    print(f"logits up to {largest:.0f}: probabilities off by {error:.1e}, by float32 log_softmax {error_direct:.1e}")
+    assert error <= torch.finfo(torch.float32).eps * max(largest, 1.0)
+    assert error < 1e-5 or scale > 10
+
+
+def test_half_precision_log_probs_are_not_relied_on():
+    """verl's bfloat16 fallback rounds log pi to three digits: there log Z comes from the logits."""
+    data, logits, _, log_mu, valid = micro_batch(LENGTHS)
+    half = logits.bfloat16()
+    own = half.log_softmax(-1)
+    rows = [own[start : start + n] for start, n in zip([2, 11, 17, 32], LENGTHS, strict=True)]
+    log_pi = [row.gather(-1, y[:, None])[:, 0] for row, y in zip(rows, data["responses"].unbind(), strict=True)]
+    log_pi = torch.nn.utils.rnn.pad_sequence(log_pi, batch_first=True)
+    topk = run((data, half, log_pi, log_mu, valid))
+    assert worst_error(topk, data, half.float()) < 1e-5
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest storage that any operation makes anew."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("with_normaliser", [False, True])
+def test_no_second_buffer_of_logits_and_no_change_of_them(with_normaliser):
+    tokens, vocabulary = 1000, 5000
+    logits = torch.randn(1, tokens, vocabulary, requires_grad=True)
+    before = logits.detach().clone()
+    ids = torch.randint(vocabulary, (tokens, K + 1))
+    markers = torch.arange(1, tokens + 1)[None]
+    with LargestTensor() as seen, torch.no_grad():
+        picked = gather_logits(logits, markers, ids, 0, [], with_normaliser=with_normaliser)
+    assert not picked.requires_grad
+    assert torch.equal(logits, before)
+    assert seen.largest <= (128 * vocabulary if with_normaliser else tokens * (K + 1))
+    with LargestTensor() as seen:
+        logits.log_softmax(-1)
+    assert seen.largest == logits.numel()
+
+
+# Guards: every way in which a row can be misplaced.
+
+
+def shifted(data, row=2):
+    for name in (IDS, LOG_PROBS):
+        data[name] = nested([r.roll(1, 0) if i == row else r for i, r in enumerate(data[name].unbind())])
+
+
+def swapped(data):
+    for name in (IDS, LOG_PROBS):
+        rows = [row.clone() for row in data[name].unbind()]
+        rows[2][[3, 6]] = rows[2][[6, 3]]
+        data[name] = nested(rows)
+
+
+def truncated(data):
+    for name in (IDS, LOG_PROBS):
+        data[name] = nested([row[:-1] if i == 2 else row for i, row in enumerate(data[name].unbind())])
+
+
+def moved_between_responses(data):
+    """Lengths that add up, so that only the lengths of each response tell."""
+    for name in (IDS, LOG_PROBS):
+        rows = list(data[name].unbind())
+        rows[0], rows[2] = torch.cat([rows[0], rows[2][:1]]), rows[2][1:]
+        data[name] = nested(rows)
+
+
+def outside(data):
+    data[IDS].values()[7, 19] = VOCABULARY
+
+
+def negative(data):
+    data[IDS].values()[7, 19] = -1
+
+
+def not_a_number(data):
+    data[LOG_PROBS].values()[7, 3] = float("nan")
+
+
+def too_probable(data):
+    data[LOG_PROBS].values()[7, 10:] = -0.1
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (shifted, r"sampled token is (stored|missing).*response 2 of the micro-batch"),
+        (swapped, r"sampled token is (stored|missing).*token [36] of response 2"),
+        (truncated, r"response 2 .*has 9 tokens, but rollout_topk_ids has 8 rows"),
+        (moved_between_responses, r"response 0 .*has 5 tokens, but rollout_topk_ids has 6 rows"),
+        (outside, r"an id is outside the vocabulary: token 1 of response 2"),
+        (negative, r"an id is outside the vocabulary"),
+        (not_a_number, r"NaN or above 0: token 1 of response 2"),
+        (too_probable, r"add up to more than 1"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_guards_stop_on_misplaced_rows(plant, message, dtype):
+    case = micro_batch(LENGTHS, dtype=dtype)
+    run(case)  # untouched, the same batch passes
+    case[0]["uid"] = ["a", "b", "c", "d"]
+    plant(case[0])
+    with pytest.raises(TopKError, match=message) as caught:
+        run(case)
+    assert "uid" in str(caught.value)
+
+
+def test_a_shift_by_one_of_every_response_is_caught_whatever_the_seed():
+    """One clean batch, many shifts: the guard needs one token out of a response to notice."""
+    for seed in range(50):
+        case = micro_batch([8, 8], seed=seed)
+        run(case)
+        for row in range(2):
+            shifted(case[0], row)
+        with pytest.raises(TopKError):
+            run(case)
+
+
+def test_padding_and_prompts_are_not_guarded():
+    """verl's one-token padding rows carry a copy of somebody else's first row; response_mask is 0 there."""
+    data, logits, log_pi, log_mu, valid = micro_batch(LENGTHS)
+    log_mu[1, 0] = 0.0
+    with pytest.raises(TopKError):
+        run((data, logits, log_pi, log_mu, valid))
+    valid[1] = False
+    run((data, logits, log_pi, log_mu, valid))
+
+
+def test_an_engine_that_skips_the_hook_is_noticed():
+    data, _, log_pi, log_mu, valid = micro_batch(LENGTHS)
+    with pytest.raises(RuntimeError, match="did not call the logits hook"):
+        TopKLogits().finish(log_pi, log_mu, valid, data)
+
+
+# Logits divided over ranks, on gloo.
+
+
+@pytest.fixture(scope="session")
+def megatron_core(tmp_path_factory):
+    """Megatron's process groups, from the package index; needs no GPU."""
+    folder = tmp_path_factory.mktemp("megatron")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    done = subprocess.run(
+        [*command, f"megatron-core=={MEGATRON_CORE}"], capture_output=True, text=True, timeout=300, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"megatron-core {MEGATRON_CORE} cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+def on_ranks(world, path, *arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(PARALLEL), *map(str, arguments)],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    for process in ranks:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        assert "equal to the single process within" in output
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sequence_parallel_ranks_get_the_single_process_result(world):
+    on_ranks(world, [], "ulysses", world)
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "context_parallel"), [(2, 1), (4, 1), (1, 2), (2, 2), (1, 4)], ids=lambda size: str(size)
+)
+def test_megatron_ranks_get_the_single_process_result(megatron_core, tensor_parallel, context_parallel):
+    """Megatron's own groups and verl's own layouts (thd and bshd); Megatron's model is not run."""
+    on_ranks(tensor_parallel * context_parallel, [megatron_core], "megatron", tensor_parallel, context_parallel)
