@@ -15,6 +15,10 @@ Groups: method, divergence, platform, recipe (files under configs/). Without pla
 """
 
 
+# What ``cppo bench`` can train a step of (cppo_verl/adapters/bench.py).
+BENCH_VARIANTS = ("ours", "binary", "stock", "stock-bypass-off")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status (2: a setting is wrong)."""
     from cppo_verl import __version__
@@ -27,9 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     train.add_argument("--dry-run", action="store_true", help="compose, check and print the configuration, then stop")
-    bench = commands.add_parser("bench", help="seconds per step against stock verl GRPO")
+    bench = commands.add_parser("bench", help="seconds and memory of a step against stock verl GRPO and binary TV")
     bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as for train")
     bench.add_argument("--rounds", type=int, default=30, help="rounds of one step of each variant, 2 or more")
+    bench.add_argument(
+        "--against",
+        nargs="+",
+        choices=BENCH_VARIANTS[1:],
+        default=list(BENCH_VARIANTS[1:]),
+        help="what to compare with (default: all)",
+    )
+    bench.add_argument("--vocabulary", type=int, help="use a tiny random model with this many tokens, e.g. 151936")
     plot = commands.add_parser("plot", help="draw the plots of a run folder")
     plot.add_argument("run", type=Path, help="run folder")
     # argparse gives up on positionals that follow an option; recipes append "$@" after theirs.
@@ -39,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "train":
         return _train([*options.overrides, *rest], options.dry_run)
     if options.command == "bench":
-        return _bench([*options.overrides, *rest], options.rounds)
+        return _bench([*options.overrides, *rest], options.rounds, options.against, options.vocabulary)
     return _plot(options.run)
 
 
@@ -73,28 +85,54 @@ def _train(overrides: list[str], dry_run: bool) -> int:
     return launch(config, ["cppo", "train", *overrides])
 
 
-def _bench(overrides: list[str], rounds: int) -> int:
+def _bench(overrides: list[str], rounds: int, against: list[str], vocabulary: int | None) -> int:
     if rounds < 2:
         print("cppo bench: --rounds must be 2 or more; an interval needs at least two", file=sys.stderr)
         return 2
+    from omegaconf import OmegaConf
+
+    from cppo_verl.config import compose, run_folder
+    from cppo_verl.launcher import launch
+    from cppo_verl.report import bench_rows
+
+    variants = [BENCH_VARIANTS[0], *against]
     fixed = [
         "trainer.val_before_train=false",
         "trainer.test_freq=-1",
         "trainer.save_freq=-1",
-        f"trainer.total_training_steps={3 * (rounds + 1)}",
+        f"trainer.total_training_steps={len(variants) * (rounds + 1)}",
         f"+bench.rounds={rounds}",
+        f"+bench.variants=[{','.join(variants)}]",
+        "+bench.divergence=null",
+        "+bench.binary=null",
     ]
+    if vocabulary is not None:
+        folder, megabytes = _wide_model(vocabulary)
+        bucket = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+        fixed += [f"actor_rollout_ref.model.path={folder}", f"{bucket}={megabytes}"]
     config = _checked("bench", [*overrides, *fixed])
     if config is None:
         return 2
-    from cppo_verl.config import run_folder
-    from cppo_verl.launcher import launch
-    from cppo_verl.report import bench_rows
-
+    # Taken out of the divergence node, which a step of the "binary" variant replaces.
+    config.bench.divergence = OmegaConf.to_container(config.divergence, resolve=True)
+    config.bench.binary = OmegaConf.to_container(compose(["divergence=binary_tv"]).divergence, resolve=True)
     status = launch(config, ["cppo", "bench", *overrides], module="cppo_verl.adapters.bench")
     for name, text in bench_rows(run_folder(config)) if status == 0 else ():
         print(f"{name:<32} {text}")
     return status
+
+
+def _wide_model(vocabulary: int) -> tuple[Path, int]:
+    """The quickstart's model with random weights and ``vocabulary`` tokens, made once, and its embedding's MiB + 1."""
+    from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
+
+    folder = Path(f"runs/bench-model-{vocabulary}").absolute()
+    shape = ModelShape(vocabulary=vocabulary)
+    if not (folder / "config.json").exists():
+        tokenizer = build_tokenizer(shape)
+        build_model(shape, tokenizer, seed=0).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder, 4 * vocabulary * shape.hidden_size // 2**20 + 1
 
 
 def _plot(run: Path) -> int:

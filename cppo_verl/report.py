@@ -136,30 +136,35 @@ def bench_rows(folder: Path) -> list[tuple[str, str]]:
     rounds: dict[int, dict[str, dict[str, float]]] = {}
     for line in read_lines(folder / BENCH):
         rounds.setdefault(line["round"], {})[line["variant"]] = line
-    complete = [entry for entry in rounds.values() if len(entry) == 3]
+    variants = list(dict.fromkeys(line["variant"] for line in read_lines(folder / BENCH)))
+    complete = [entry for entry in rounds.values() if len(entry) == len(variants)]
     figures, rows = [], []
-    for other in ("stock", "stock, bypass off"):
-        for timing in ("step", "update_actor"):
-            ratios = np.array([entry["ours"][timing] / entry[other][timing] for entry in complete])
+    for other in sorted(set(variants) - {"ours"}):
+        for measure, unit in _BENCH_MEASURES.items():
+            ratios = np.array([entry["ours"][measure] / entry[other][measure] for entry in complete])
             interval = bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
-            seconds = {name: float(np.median([entry[name][timing] for entry in complete])) for name in ("ours", other)}
+            medians = {name: float(np.median([entry[name][measure] for entry in complete])) for name in ("ours", other)}
             figures.append(
                 {
                     "against": other,
-                    "timing": timing,
+                    "measure": measure,
                     "rounds": len(complete),
                     "median_ratio": float(np.median(ratios)),
                     "low": float(interval.low),
                     "high": float(interval.high),
-                    "median_seconds": seconds,
+                    "medians": medians,
                 }
             )
             rows.append(
                 (
-                    f"{timing} / {other}",
+                    f"{measure} / {other}",
                     f"{np.median(ratios):.3f} (95% {interval.low:.3f} to {interval.high:.3f}, {len(complete)} rounds; "
-                    f"{seconds['ours']:.2f} s against {seconds[other]:.2f} s)",
+                    f"{medians['ours']:.3g} {unit} against {medians[other]:.3g} {unit})",
                 )
             )
     (folder / "bench.json").write_text(json.dumps(figures, indent=2) + "\n")
     return rows
+
+
+# What a line of bench.jsonl measures, and in which unit.
+_BENCH_MEASURES = {"step": "s", "gen_per_token": "s", "update_actor": "s", "peak_memory_gb": "GiB"}

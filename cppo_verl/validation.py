@@ -47,6 +47,9 @@ def _check_method(config: DictConfig) -> Iterator[str]:
 def _check_divergence(config: DictConfig) -> Iterator[str]:
     """Whether the Top-K log-probabilities can be had: from vLLM, and in the actor from verl's logits hook."""
     name, k = config.divergence.name, config.divergence.k
+    if name not in DIVERGENCES:
+        yield f"divergence.name={name}: choose one of {', '.join(DIVERGENCES)} by divergence="
+        return
     over_topk = DIVERGENCES[name].over_topk
     if not isinstance(k, int) or (k < 1 if over_topk else k != 0):
         yield f"divergence.k={k}: {name} needs " + ("a number of tokens, 1 or more" if over_topk else "k=0")
@@ -72,10 +75,12 @@ def _check_divergence(config: DictConfig) -> Iterator[str]:
         yield f"actor_rollout_ref.actor.strategy={actor.strategy}: use fsdp2, fsdp or megatron, {instead}"
     if actor.strategy == "megatron" and engine.get("dynamic_context_parallel", False):
         yield f"actor_rollout_ref.actor.megatron.dynamic_context_parallel=true: set false, {instead}"
+    if actor.strategy == "megatron" and (engine.get("override_transformer_config") or {}).get("fp8"):
+        yield f"actor_rollout_ref.actor.megatron.override_transformer_config.fp8: switch it off, {instead}"
     if rollout.get("disaggregation", {}).get("enabled", False):
         yield f"actor_rollout_ref.rollout.disaggregation.enabled=true: set false, {instead}"
     limit = rollout.engine_kwargs.vllm.get("max_logprobs")
-    if limit is not None and limit != -1 and limit < k:
+    if limit != -1 and (20 if limit is None else limit) < k:  # 20: vLLM's own default
         yield (
             f"actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={limit} is less than divergence.k={k}; "
             "leave it alone, it follows divergence.k"
@@ -133,6 +138,11 @@ def _check_rollout(config: DictConfig) -> Iterator[str]:
         yield "actor_rollout_ref.rollout.calculate_log_probs=false: its log-probabilities are needed; set true"
     if rollout.logprobs_mode != "processed_logprobs":
         yield f"actor_rollout_ref.rollout.logprobs_mode={rollout.logprobs_mode}: must be processed_logprobs"
+    if rollout.agent.default_agent_loop != "cppo_single_turn":
+        yield (
+            f"actor_rollout_ref.rollout.agent.default_agent_loop={rollout.agent.default_agent_loop}: only "
+            "cppo_single_turn asks for what the trust region needs"
+        )
     if rollout.n < 2:
         yield f"actor_rollout_ref.rollout.n={rollout.n}: a group of one has no relative advantage; use 2 or more"
 
@@ -259,6 +269,8 @@ def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
         missing = {prompt_key, "data_source", "reward_model"} - columns
         if missing:
             return f"lacks the column {', '.join(sorted(missing))} (it has {', '.join(sorted(columns))})", 0
+        if "agent_name" in columns:
+            return "has a column agent_name, which would replace our agent loop; leave it out", 0
         count = file.metadata.num_rows
         if not count:
             return "is empty", 0

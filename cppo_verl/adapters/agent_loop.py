@@ -66,6 +66,11 @@ class TrustRegionAgentLoop(SingleTurnAgentLoop):
         if not k:
             return output
         topk = output.extra_fields.pop(ROLLOUT_TOPK, None)
-        if topk is None:  # nothing was generated: the request was aborted
+        if topk is None:
+            if output.response_ids:
+                raise RuntimeError(
+                    "the vLLM server returned no Top-K log-probabilities; it is not cppo_verl's TopKServer"
+                )
+            # Aborted before the first token.
             topk = RolloutTopK(np.empty((0, k), dtype=np.int32), np.empty((0, k), dtype=np.float32))
         return TopKAgentLoopOutput.of(output, topk, getattr(torch, self.config.divergence.log_prob_dtype))

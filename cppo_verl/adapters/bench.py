@@ -1,10 +1,11 @@
-"""Seconds per step of a method against stock verl GRPO, in turn on one live stack: ``cppo bench``.
+"""Cost of a method against stock verl GRPO and over binary TV, in turn on one live stack: ``cppo bench``.
 
 A round trains one step of every variant in a random order, so that drift of the machine meets all of them alike:
 
 - ``ours``: the configured method through our worker and trainer;
+- ``binary``: the same over ``divergence=binary_tv``: sampled-only log-probabilities from vLLM, no logits hook;
 - ``stock``: verl's own ``ppo_loss``, worker and trainer code, bypass_mode on: the same number of forward passes;
-- ``stock, bypass off``: the same with the old policy recomputed: one forward pass more.
+- ``stock-bypass-off``: the same with the old policy recomputed: one forward pass more.
 
 One JSON line per step goes to bench.jsonl in the run folder.
 """
@@ -16,12 +17,13 @@ from functools import partial
 from typing import Any
 
 import ray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_torch_device
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 
@@ -31,13 +33,12 @@ from cppo_verl.adapters.main import TaskRunner, run
 from cppo_verl.adapters.trainer import TrustRegionTrainer
 from cppo_verl.run_log import BENCH
 
-VARIANTS = ("ours", "stock", "stock, bypass off")
-
 
 class SwitchableTrainingWorker(TrustRegionTrainingWorker):
-    """Ours where our loss is installed, verl's code path where verl's is."""
+    """Ours where our loss is installed, verl's code path where verl's is; memory peaks are those of the update."""
 
     def train_mini_batch(self, data: TensorDict) -> TensorDict | None:
+        get_torch_device().reset_peak_memory_stats()
         base = TrustRegionTrainingWorker if isinstance(self.loss_fn, TrustRegionLoss) else TrainingWorker
         return base.train_mini_batch(self, data)
 
@@ -60,10 +61,14 @@ class SwitchableTrainer(TrustRegionTrainer):
         self.role_worker_mapping[Role.ActorRollout] = ray.remote(SwitchableActorWorker)
 
     def _base(self) -> type[PPOTrainerSync]:
-        return TrustRegionTrainer if self.variant == "ours" else PPOTrainerSync
+        return PPOTrainerSync if self.variant.startswith("stock") else TrustRegionTrainer
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        self.step_metrics = metrics
         return self._base().step(self, metrics, timing_raw)
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        return self._base()._submit_batch_to_rollout(self, batch)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         return self._base()._balance_batch(self, batch, metrics, *args, **kwargs)
@@ -77,9 +82,12 @@ class SwitchableTrainer(TrustRegionTrainer):
     def switch(self, variant: str) -> None:
         """Make the next step one of ``variant``."""
         self.variant = variant
-        self.config.algorithm.rollout_correction.bypass_mode = variant != "stock, bypass off"
+        self.config.algorithm.rollout_correction.bypass_mode = variant != "stock-bypass-off"
+        divergence = self.config.bench.binary if variant == "binary" else self.config.bench.divergence
+        for node in ("divergence", "actor_rollout_ref.actor.policy_loss.divergence"):
+            OmegaConf.update(self.config, node, divergence, merge=False)
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
-        loss = TrustRegionLoss(actor) if variant == "ours" else partial(ppo_loss, config=actor)
+        loss = partial(ppo_loss, config=actor) if variant.startswith("stock") else TrustRegionLoss(actor)
         self.actor_rollout_wg.set_loss_fn(loss)
 
 
@@ -90,9 +98,9 @@ class BenchRunner(TaskRunner.__ray_metadata__.modified_class):
     trainer_class = SwitchableTrainer
 
     def fit(self, config: DictConfig) -> None:
-        order = random.Random(config.run.seed)
+        order, variants = random.Random(config.run.seed), list(config.bench.variants)
         for number in range(config.bench.rounds + 1):
-            for variant in order.sample(VARIANTS, len(VARIANTS)):
+            for variant in order.sample(variants, len(variants)):
                 self.trainer.switch(variant)
                 self.trainer.total_training_steps = self.trainer.global_steps + 1
                 self.trainer._init_dump_executor()
@@ -103,6 +111,11 @@ class BenchRunner(TaskRunner.__ray_metadata__.modified_class):
 
     def _record(self, number: int, variant: str) -> None:
         timing = {name: self.trainer.timing_raw[name] for name in ("step", "gen", "update_actor", "adv")}
+        metrics, config = self.trainer.step_metrics, self.trainer.config
+        responses = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+        # Per token: responses of one variant may be longer than those of another.
+        timing["gen_per_token"] = timing["gen"] / (metrics["response_length/mean"] * responses)
+        timing["peak_memory_gb"] = metrics["actor/perf/max_memory_allocated_gb"]
         with open(self.trainer.log.folder / BENCH, "a") as file:
             file.write(json.dumps({"round": number, "variant": variant, **timing}) + "\n")
 

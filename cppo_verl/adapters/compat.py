@@ -56,6 +56,7 @@ _VLLM_SEAMS = (
         ),
     ),
     ("v1/engine/output_processor.py", "RequestState", ("LogprobsProcessor", "from_new_request")),
+    ("v1/engine/async_llm.py", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     ("v1/outputs.py", "LogprobsLists", ("logprob_token_ids", "logprobs")),
     ("model_executor/layers/utils.py", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
 )
@@ -67,7 +68,11 @@ def vllm_mismatches(package: Path) -> list[str]:
     for file, name, wanted in _VLLM_SEAMS:
         path = package / file
         tree = ast.parse(path.read_text()) if path.exists() else ast.Module([], [])
-        found = next((_names(node) for node in tree.body if getattr(node, "name", None) == name), None)
+        body: list[ast.stmt] = tree.body
+        *outer, name = name.split(".")
+        for word in outer:
+            body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == word), [])
+        found = next((_names(node) for node in body if getattr(node, "name", None) == name), None)
         absent = wanted if found is None else [word for word in wanted if word not in found]
         if absent:
             problems.append(f"vllm/{file}: {name} lacks {', '.join(absent)}")

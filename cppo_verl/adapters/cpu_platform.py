@@ -24,6 +24,16 @@ def _resident_bytes(*_: Any) -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _peak_resident_bytes(*_: Any) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+
+
+def _reset_peak(*_: Any) -> None:
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # Linux: the peak resident set starts again at the present one
+
+
 def _memory_info(*_: Any) -> tuple[int, int]:
     page = os.sysconf("SC_PAGE_SIZE")
     return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
@@ -33,7 +43,8 @@ class _CpuDeviceModule(types.ModuleType):
     """torch.cpu with the accelerator calls verl makes on its device module: memory is this process's resident set."""
 
     memory_allocated = memory_reserved = staticmethod(_resident_bytes)
-    max_memory_allocated = max_memory_reserved = staticmethod(_resident_bytes)
+    max_memory_allocated = max_memory_reserved = staticmethod(_peak_resident_bytes)
+    reset_peak_memory_stats = staticmethod(_reset_peak)
     mem_get_info = staticmethod(_memory_info)
     is_available = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 1)
@@ -46,7 +57,7 @@ class _CpuDeviceModule(types.ModuleType):
     def _nothing(*_: Any) -> None:
         """Calls that only steer an accelerator (torch's global seed covers the CPU generator)."""
 
-    set_device = synchronize = empty_cache = ipc_collect = reset_peak_memory_stats = _nothing
+    set_device = synchronize = empty_cache = ipc_collect = _nothing
     manual_seed = manual_seed_all = _nothing
 
     def __getattr__(self, name: str) -> Any:

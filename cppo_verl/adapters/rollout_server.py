@@ -105,12 +105,14 @@ class TopKServer(vLLMHttpServer):
         self._engine_generate = self.engine.generate
         self.engine.generate = self._generate_with_topk
 
-    async def _generate_with_topk(self, *, sampling_params: Any, request_id: str, **request: Any) -> AsyncIterator[Any]:
+    async def _generate_with_topk(
+        self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[Any]:
         k = (sampling_params.extra_args or {}).get(TOP_K)
         if k is not None:
             sampling_params.logprobs = k
         output = None
-        async for output in self._engine_generate(sampling_params=sampling_params, request_id=request_id, **request):
+        async for output in self._engine_generate(prompt, sampling_params, request_id, *args, **kwargs):
             yield output
         if k is not None and output is not None and output.outputs:
             completion = output.outputs[0]
@@ -133,7 +135,8 @@ class TopKReplica(vLLMReplica):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.server_class = ray.remote(TopKServer)
+        if not (self.is_reward_model or self.is_teacher_model):  # those are served by verl's own
+            self.server_class = ray.remote(TopKServer)
 
 
 def _load() -> type[RolloutReplica]:

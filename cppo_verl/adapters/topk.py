@@ -96,7 +96,8 @@ class TopKLogits:
         matches = ids == _pad(_flat(responses), responses, width).unsqueeze(-1)
         topk = TopK(ids, rollout.float(), topk_log_prob, matches.any(-1))
         tolerance = _TOLERANCE[rollout.dtype]
-        _check_values(topk, matches, rollout_log_prob.float(), valid, self._vocabulary, tolerance, data)
+        mass = topk_log_prob.exp().sum(-1) + torch.where(topk.sampled_in_topk, 0.0, log_prob.float().exp())
+        _check_values(topk, matches, rollout_log_prob.float(), mass, valid, self._vocabulary, tolerance, data)
         return topk
 
 
@@ -166,9 +167,14 @@ def _flat(field: Tensor) -> Tensor:
 
 def _pad(rows: Tensor, responses: Tensor, width: int) -> Tensor:
     """``[N, ...]``, one row a response token, as ``[B, width, ...]`` with zeros after each response."""
-    if not responses.is_nested:
-        return rows.unflatten(0, responses.shape[:2])
-    return torch.nested.nested_tensor_from_jagged(rows, responses.offsets(), max_seqlen=width).to_padded_tensor(0.0)
+    offsets = responses.offsets()
+    column = torch.arange(width, device=rows.device)
+    inside = column < offsets.diff().unsqueeze(-1)
+    padded = rows.new_zeros((*inside.shape, *rows.shape[1:]))
+    if len(rows):
+        place = (offsets[:-1].unsqueeze(-1) + column).clamp_max(len(rows) - 1)
+        padded = torch.where(inside.view(*inside.shape, *[1] * (rows.dim() - 1)), rows[place], padded)
+    return padded
 
 
 def _fsdp_layout(
@@ -195,9 +201,14 @@ def _megatron_layout(
     """Vocabulary divided over tensor parallelism; positions laid out and divided by verl's own preprocessing."""
     from megatron.core import parallel_state
     from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
+    from verl.utils import tensordict_utils as tu
 
     nested = torch.nested.nested_tensor_from_jagged(markers, data["input_ids"].offsets())
-    preprocess = preprocess_thd_engine if data_format == "thd" else preprocess_bshd_engine
+    if data_format == "thd":
+        markers = preprocess_thd_engine(nested, pre_process=True)[0]
+    else:  # verl may pad every micro-batch to the longest sequence of its minibatch
+        width = tu.get_non_tensor_data(data, "forced_max_seqlen", default=None)
+        markers = preprocess_bshd_engine(nested, pre_process=True, forced_max_seqlen=width)[0]
     groups = []
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     if tensor_parallel > 1:
@@ -206,7 +217,7 @@ def _megatron_layout(
         groups.append(parallel_state.get_context_parallel_group())
     shard = logits.shape[-1]
     first_id = parallel_state.get_tensor_model_parallel_rank() * shard
-    return preprocess(nested, pre_process=True)[0], first_id, shard * tensor_parallel, groups
+    return markers, first_id, shard * tensor_parallel, groups
 
 
 def _log_prob_is_float32(logits: Tensor) -> bool:
@@ -240,24 +251,27 @@ def _check_values(
     topk: TopK,
     matches: Tensor,
     rollout_log_prob: Tensor,
+    mass: Tensor,
     valid: Tensor,
     vocabulary: int,
     tolerance: float,
     data: TensorDict,
 ) -> None:
-    """Stop unless every valid token's K rows can belong to it. Waits for the device once."""
+    """Stop unless every valid token's K rows can belong to it, under mu and under pi. Waits for the device once."""
     mu = topk.rollout_log_prob
     stored = torch.where(matches, mu, 0.0).sum(-1)
     slack = tolerance * rollout_log_prob.abs().clamp_min(1.0)
     problems = {
         "an id is outside the vocabulary": ((topk.ids < 0) | (topk.ids >= vocabulary)).any(-1),
         "a log-probability is NaN or above 0": (~(mu <= tolerance)).any(-1),
-        "the probabilities add up to more than 1": mu.exp().sum(-1) > 1.0 + 1e-3,
+        "the probabilities add up to more than 1": mu.exp().sum(-1) > 1.0 + (1e-3 if tolerance < 1e-5 else 1e-2),
         # NaN differences count as unequal.
         "the sampled token is stored with another log-probability than it was sampled with": topk.sampled_in_topk
         & ~((stored - rollout_log_prob).abs() <= slack),
         "the sampled token is missing although it is more likely than one of the K": ~topk.sampled_in_topk
         & ~(rollout_log_prob <= mu.amin(-1) + slack),
+        # Only logits of another position than the sampled token's own give such a "distribution" (or NaN).
+        "the policy's own probabilities add up to more than 1": ~(mass <= 1.0 + 1e-2),
     }
     found = torch.stack(list(problems.values())) & valid
     if not bool(found.any()):

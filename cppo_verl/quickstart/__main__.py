@@ -31,6 +31,7 @@ FLAG_HELP = {
     "key_value_heads": "key and value heads",
     "head_dim": "width of a head",
     "max_positions": "longest prompt plus answer, in tokens",
+    "vocabulary": "tokens of the vocabulary, unused ones filling it up; 0: no more than the task has",
     "steps": "optimiser steps of the supervised phase",
     "batch_size": "examples in a step",
     "learning_rate": "peak learning rate",

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Width, depth and head counts of the network; embeddings are tied."""
+    """Width, depth, head counts and vocabulary of the network; embeddings are tied."""
 
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -31,11 +31,13 @@ class ModelShape:
     key_value_heads: int = 2
     head_dim: int = 32
     max_positions: int = 512
+    vocabulary: int = 0
 
 
 def build_tokenizer(shape: ModelShape) -> PreTrainedTokenizerFast:
     """One token per character, role name or special token; decoding joins them verbatim."""
     tokens = [PAD_TOKEN, TURN_START, TURN_END, UNKNOWN_TOKEN, *ROLES, *CHARACTERS]
+    tokens += [f"<unused {number}>" for number in range(len(tokens), shape.vocabulary)]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, UNKNOWN_TOKEN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{'|'.join(ROLES)}|[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()

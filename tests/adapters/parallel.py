@@ -22,6 +22,7 @@ def by_megatron(logits, data, tensor_parallel, context_parallel):
     """The logits as Megatron's last stage would hold them: positions by verl's layout, ids by equal shards."""
     from megatron.core import parallel_state
     from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
+    from verl.utils import tensordict_utils as tu
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel, context_parallel_size=context_parallel
@@ -30,8 +31,12 @@ def by_megatron(logits, data, tensor_parallel, context_parallel):
     rows = nested(list(logits.split(lengths)))
     shard = VOCABULARY // tensor_parallel
     first = parallel_state.get_tensor_model_parallel_rank() * shard
-    for data_format, layout in (("thd", preprocess_thd_engine), ("bshd", preprocess_bshd_engine)):
-        yield layout(rows, pre_process=True)[0][..., first : first + shard], data_format
+    mine = slice(first, first + shard)
+    yield preprocess_thd_engine(rows, pre_process=True)[0][..., mine], "thd"
+    yield preprocess_bshd_engine(rows, pre_process=True)[0][..., mine], "bshd"
+    # verl's default: every micro-batch as wide as the longest sequence of its minibatch.
+    tu.assign_non_tensor(data, forced_max_seqlen=33)
+    yield preprocess_bshd_engine(rows, pre_process=True, forced_max_seqlen=33)[0][..., mine], "bshd"
 
 
 def main(kind, *sizes):
@@ -40,7 +45,6 @@ def main(kind, *sizes):
     expected = expected_log_probs(data, logits)
     divide = by_ulysses if kind == "ulysses" else by_megatron
     for local, data_format in divide(logits, data, *map(int, sizes)):
-        assert local.numel() < logits.numel()
         collector = TopKLogits()
         collector.collect(local, data, data_format)
         topk = collector.finish(log_pi, log_mu, valid, data)

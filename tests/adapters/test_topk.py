@@ -11,6 +11,7 @@ import torch
 from topk_cases import VOCABULARY, K, expected_log_probs, micro_batch, nested
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cppo_verl.adapters import topk
 from cppo_verl.adapters.topk import IDS, LOG_PROBS, TopKError, TopKLogits, gather_logits, response_markers
 
 PARALLEL = Path(__file__).with_name("parallel.py")
@@ -25,9 +26,9 @@ def run(case, collector=None):
     return collector.finish(log_pi, log_mu, valid, data)
 
 
-def worst_error(topk, data, logits):
+def worst_error(result, data, logits):
     errors = [
-        (topk.log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
+        (result.log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
         for row, rows in enumerate(expected_log_probs(data, logits))
         if rows
     ]
@@ -42,14 +43,14 @@ def test_markers_number_the_token_that_a_position_predicts():
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [4, 4, 4], [3, 0, 2], [0, 0]])
 def test_log_probs_at_the_rollouts_ids(lengths):
     case = micro_batch(lengths)
-    topk = run(case)
-    assert topk.log_prob.shape == (len(lengths), max(lengths), K)
+    result = run(case)
+    assert result.log_prob.shape == (len(lengths), max(lengths), K)
     if any(lengths):
-        assert worst_error(topk, case[0], case[1]) < 1e-5
+        assert worst_error(result, case[0], case[1]) < 1e-5
     for row, length in enumerate(lengths):
         sampled, ids = case[0]["responses"][row], case[0][IDS][row]
         wanted = [token.item() in row_ids.tolist() for token, row_ids in zip(sampled, ids, strict=True)]
-        assert topk.sampled_in_topk[row, :length].tolist() == wanted
+        assert result.sampled_in_topk[row, :length].tolist() == wanted
 
 
 def test_a_dense_batch_of_equal_lengths_is_the_same():
@@ -68,8 +69,8 @@ def test_normaliser_from_the_sampled_token_costs_a_rounding_of_the_largest_logit
     direct = logits[2:-1].log_softmax(-1)
     log_pi = direct.gather(-1, data["responses"][0][:, None]).T
     exact = torch.tensor(expected_log_probs(data, logits)[0]).double().exp()
-    topk = run((data, logits, log_pi, log_mu, valid))
-    error = (topk.log_prob[0].double().exp() - exact).abs().max().item()
+    result = run((data, logits, log_pi, log_mu, valid))
+    error = (result.log_prob[0].double().exp() - exact).abs().max().item()
     error_direct = (direct.gather(-1, data[IDS][0].long()).double().exp() - exact).abs().max().item()
     largest = logits.abs().max().item()
     print(f"logits up to {largest:.0f}: probabilities off by {error:.1e}, by float32 log_softmax {error_direct:.1e}")
@@ -85,8 +86,8 @@ def test_half_precision_log_probs_are_not_relied_on():
     rows = [own[start : start + n] for start, n in zip([2, 11, 17, 32], LENGTHS, strict=True)]
     log_pi = [row.gather(-1, y[:, None])[:, 0] for row, y in zip(rows, data["responses"].unbind(), strict=True)]
     log_pi = torch.nn.utils.rnn.pad_sequence(log_pi, batch_first=True)
-    topk = run((data, half, log_pi, log_mu, valid))
-    assert worst_error(topk, data, half.float()) < 1e-5
+    result = run((data, half, log_pi, log_mu, valid))
+    assert worst_error(result, data, half.float()) < 1e-5
 
 
 class LargestTensor(TorchDispatchMode):
@@ -197,6 +198,18 @@ def test_a_shift_by_one_of_every_response_is_caught_whatever_the_seed():
             shifted(case[0], row)
         with pytest.raises(TopKError):
             run(case)
+
+
+def test_logits_of_a_neighbouring_position_are_caught(monkeypatch):
+    """The actor's own half of the alignment: with one row off, what should be probabilities add up to more than 1."""
+
+    def off_by_one(data):
+        return response_markers(data).roll(1)
+
+    monkeypatch.setattr(topk, "response_markers", off_by_one)
+    for seed in range(30):
+        with pytest.raises(TopKError, match="the policy's own probabilities add up to more than 1"):
+            run(micro_batch(LENGTHS, seed=seed))
 
 
 def test_padding_and_prompts_are_not_guarded():

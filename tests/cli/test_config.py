@@ -12,14 +12,14 @@ from cppo_verl.config import ConfigError
 from cppo_verl.validation import validate
 
 METHODS = {
-    "cppo": ("Cppo", "binary_tv"),
-    "dppo": ("Dppo", "binary_tv"),
-    "grpo": ("Grpo", "binary_tv"),
-    "minpro": ("MinPro", "binary_tv"),
-    "cispo": ("Cispo", "binary_tv"),
-    "trm_max": ("Trm", "binary_kl"),
-    "trm_avg": ("Trm", "binary_kl"),
-    "trm_max_avg": ("Trm", "binary_kl"),
+    "cppo": ("Cppo", "topk_tv"),
+    "dppo": ("Dppo", "topk_tv"),
+    "grpo": ("Grpo", "topk_tv"),
+    "minpro": ("MinPro", "topk_tv"),
+    "cispo": ("Cispo", "topk_tv"),
+    "trm_max": ("Trm", "topk_kl"),
+    "trm_avg": ("Trm", "topk_kl"),
+    "trm_max_avg": ("Trm", "topk_kl"),
 }
 
 
@@ -59,7 +59,8 @@ def test_one_line_selects_a_method_with_its_own_divergence(base, name):
     ("overrides", "expected"),
     [
         pytest.param([], {"delta": 0.15, "delta_b": 0.015, "w_min": 0.8, "delta_b_quantile": None}, id="paper's TV"),
-        pytest.param(["divergence=binary_kl"], {"delta": 0.1, "delta_b": 0.002}, id="KL instead of TV"),
+        pytest.param(["divergence=topk_kl"], {"delta": 0.1, "delta_b": 0.002}, id="KL instead of TV"),
+        pytest.param(["divergence=binary_tv"], {"delta": 0.15, "delta_b": 0.015}, id="binary instead of Top-K"),
         pytest.param(["method=dppo", "divergence=binary_kl"], {"delta": 0.05}, id="DPPO's own KL"),
         pytest.param(["method=trm_max"], {"delta_max": 0.05, "delta_avg": None}, id="TRM-Max"),
         pytest.param(["method=trm_avg"], {"delta_max": None, "delta_avg": 0.001}, id="TRM-Avg"),
@@ -78,6 +79,21 @@ def test_defaults_are_the_papers(base, overrides, expected):
     assert {name: config.method[name] for name in expected} == expected
 
 
+def test_topk_is_the_default_divergence(base):
+    """K = 20; a method that is defined on a KL names the Top-K KL; vLLM's own limit follows K."""
+    config = configuration.compose(base)
+    assert (config.divergence.name, config.divergence.k, config.divergence.log_prob_dtype) == ("topk_tv", 20, "float32")
+    assert configuration.compose([*base, "method=trm_avg"]).divergence.name == "topk_kl"
+    config = configuration.compose([*base, "divergence.k=33"])
+    validate(config)
+    assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs == 33
+
+
+def test_fused_kernels_are_allowed_where_no_logits_are_read(base):
+    overrides = [*base, "platform=gpu", "actor_rollout_ref.model.use_fused_kernels=true"]
+    validate(configuration.compose([*overrides, "divergence=binary_tv"]))
+
+
 def test_verls_keys_stay_reachable(base):
     config = configuration.compose([*base, "actor_rollout_ref.actor.optim.weight_decay=0.1", "trainer.save_freq=7"])
     assert config.actor_rollout_ref.actor.optim.weight_decay == 0.1
@@ -91,6 +107,18 @@ def test_loss_is_equation_11_whatever_the_micro_batch(base):
 
 REFUSED = [
     (["method=ppo"], "method=ppo: there is no such method; choose one of cispo, cppo"),
+    (["divergence.k=0"], "divergence.k=0: topk_tv needs a number of tokens, 1 or more"),
+    (["divergence.k=many"], "divergence.k=many: topk_tv needs a number of tokens"),
+    (["divergence.k=56"], "has only 55 tokens"),
+    (["divergence=binary_tv", "divergence.k=20"], "divergence.k=20: binary_tv needs k=0"),
+    (["divergence.name=js"], "divergence.name=js: choose one of topk_tv"),
+    (["divergence.log_prob_dtype=int8"], "divergence.log_prob_dtype=int8: use float32 or float16"),
+    (["platform=gpu", "actor_rollout_ref.model.use_fused_kernels=true"], "never form the logits"),
+    (["platform=gpu", "actor_rollout_ref.actor.pad_to_length=true"], "refuses it where the loss reads the logits"),
+    (["actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=5"], "is less than divergence.k=20"),
+    (["actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"], "only cppo_single_turn asks for"),
+    (["actor_rollout_ref.rollout.disaggregation.enabled=true"], "disaggregation.enabled=true: set false"),
+    (["distillation.enabled=true"], "distillation.enabled=true: verl's distillation replaces the policy loss"),
     (["divergence=js"], "divergence=js: there is no such divergence; choose one of binary_kl"),
     (["method.detla=0.2"], "method.detla"),
     (["method.delta=0"], "method.delta must be > 0; got 0"),
@@ -102,7 +130,7 @@ REFUSED = [
     (["method.weights=random"], "method.weights must be one of"),
     (["method.delta_b=-1"], "method.delta_b must be >= 0, or null"),
     (["method.delta_b_quantile=90"], "method.delta_b_quantile must be in [0, 1]"),
-    (["method=trm_max", "divergence=binary_tv"], "use divergence=binary_kl, or method.allow_tv=true"),
+    (["method=trm_max", "divergence=binary_tv"], "use divergence=topk_kl, or method.allow_tv=true"),
     (["method=trm_max", "method.delta_max=null"], "method.delta_max must be set, or delta_avg"),
     (["actor_rollout_ref.rollout.top_p=0.9"], "actor_rollout_ref.rollout.top_p=0.9"),
     (["actor_rollout_ref.rollout.top_k=20"], "top_k=20: training samples must come from the whole softmax"),
@@ -185,6 +213,11 @@ MALFORMED = [
     ("no gold column", {"prompt": [CHAT], "data_source": ["x"]}, "lacks the column reward_model"),
     ("text prompt", {"prompt": ["1+1?"], "data_source": ["x"], "reward_model": [GOLD]}, "not a list of chat messages"),
     ("no ground truth", {"prompt": [CHAT], "data_source": ["x"], "reward_model": [{"a": 1}]}, "without ground_truth"),
+    (
+        "another agent loop",
+        {"prompt": [CHAT], "data_source": ["x"], "reward_model": [GOLD], "agent_name": ["tool_agent"]},
+        "has a column agent_name, which would replace our agent loop",
+    ),
     ("too few rows", {"prompt": [CHAT], "data_source": ["x"], "reward_model": [GOLD]}, "holds 1 problems, fewer than"),
 ]
 
