@@ -50,7 +50,7 @@ def grade(response: object, gold: object, *, answer_line: bool = False, timeout:
     except pool.WorkerTimeout:
         return Grade("timeout", answer)
     except Exception as error:  # the one place that may catch; the outcome counts what it caught
-        _warn_once(f"{type(error).__name__}: {error}")
+        _report_once(f"{type(error).__name__}: {error}")
         return Grade("error", answer)
 
 
@@ -118,5 +118,6 @@ def _squashed(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _warn_once(message: str) -> None:
-    _log.warning("grading failed: %s", message)
+def _report_once(message: str) -> None:
+    # Not a warning: importing verl's vLLM server raises the root logger's level to ERROR.
+    _log.error("grading failed: %s", message)

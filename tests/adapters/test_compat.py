@@ -49,9 +49,19 @@ def test_a_renamed_parameter_is_missed(tmp_path):
     (package / "model_executor" / "layers").mkdir(parents=True)
     (package / "sampling_params.py").write_text("class SamplingParams:\n    seed: int\n")
     (package / "model_executor/layers/utils.py").write_text("def dispatch_cpu_unquantized_gemm(layer, drop): ...\n")
-    problems = compat.vllm_mismatches(package)
-    assert "SamplingParams lacks logprobs" in problems[0]
-    assert "dispatch_cpu_unquantized_gemm lacks remove_weight" in problems[1]
+    (package / "v1/engine").mkdir(parents=True)
+    (package / "v1/engine/async_llm.py").write_text(
+        "class AsyncLLM:\n    async def generate(self, prompt, params, request_id): ...\n"
+    )
+    (package / "v1/engine/output_processor.py").write_text(
+        "class RequestState:\n    def from_new_request(self):\n        logprobs = logprobs_processor.of(request)\n"
+    )
+    problems = "\n".join(compat.vllm_mismatches(package))
+    assert "SamplingParams lacks logprobs" in problems
+    assert "dispatch_cpu_unquantized_gemm lacks remove_weight" in problems
+    assert "generate lacks sampling_params" in problems
+    assert "RequestState lacks LogprobsProcessor" in problems
+    assert "LogprobsLists lacks logprob_token_ids, logprobs" in problems
 
 
 def test_a_changed_verl_signature_is_reported(monkeypatch):
