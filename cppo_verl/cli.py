@@ -19,6 +19,12 @@ Groups: method, divergence, platform, recipe (files under configs/). Without pla
 BENCH_VARIANTS = ("ours", "binary", "stock", "stock-bypass-off")
 
 
+_PREPARE_HELP = """\
+SET is dapo, aime24, aime25, aime26 or math500 from the Hugging Face hub, or NAME=FILE (.jsonl or .parquet with
+problem and answer columns), or NAME=HUB/REPOSITORY. Writes OUT/NAME.parquet for each and OUT/manifest.json.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status (2: a setting is wrong)."""
     from cppo_verl import __version__
@@ -31,6 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     train.add_argument("--dry-run", action="store_true", help="compose, check and print the configuration, then stop")
+    prepare = commands.add_parser(
+        "prepare",
+        help="make verl's data files from the hub or from files",
+        epilog=_PREPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prepare.add_argument("--out", type=Path, default=Path("data"), help="folder to write (default: data)")
+    prepare.add_argument("--train", nargs="*", metavar="SET", default=["dapo"], help="training sets (default: dapo)")
+    prepare.add_argument(
+        "--eval",
+        nargs="*",
+        metavar="SET",
+        default=["aime24", "aime25", "aime26", "math500"],
+        help="evaluation sets, removed from the training sets (default: aime24 aime25 aime26 math500)",
+    )
+    prepare.add_argument("--template", choices=("boxed", "answer"), default="boxed", help="prompt (default: boxed)")
+    prepare.add_argument("--revision", help="commit, tag or branch of every hub repository (default: its newest)")
     bench = commands.add_parser("bench", help="seconds and memory of a step against stock verl GRPO and binary TV")
     bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as for train")
     bench.add_argument("--rounds", type=int, default=30, help="rounds of one step of each variant, 2 or more")
@@ -46,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("run", type=Path, help="run folder")
     # argparse gives up on positionals that follow an option; recipes append "$@" after theirs.
     options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in rest) or (rest and options.command == "plot"):
+    if any(word.startswith("-") for word in rest) or (rest and options.command in ("plot", "prepare")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "train":
         return _train([*options.overrides, *rest], options.dry_run)
+    if options.command == "prepare":
+        return _prepare(options)
     if options.command == "bench":
         return _bench([*options.overrides, *rest], options.rounds, options.against, options.vocabulary)
     return _plot(options.run)
@@ -83,6 +108,27 @@ def _train(overrides: list[str], dry_run: bool) -> int:
     from cppo_verl.launcher import launch
 
     return launch(config, ["cppo", "train", *overrides])
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from cppo_verl.data.prepare import parse_request, prepare
+    from cppo_verl.data.sources import DataError
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    try:
+        train, held_out = ([parse_request(text) for text in texts] for texts in (options.train, options.eval))
+        manifest = prepare(train, held_out, options.out, options.template, options.revision, progress=say)
+    except DataError as error:
+        print(f"cppo prepare: {error}", file=sys.stderr)
+        return 2
+    for name, entry in manifest["sets"].items():
+        for removed in entry["removed"]:
+            if removed["reason"].startswith("is in "):
+                print(f"{name}: {removed['id']} {removed['reason']}: left out")
+    print(f"manifest: {options.out / 'manifest.json'}")
+    return 0
 
 
 def _bench(overrides: list[str], rounds: int, against: list[str], vocabulary: int | None) -> int:

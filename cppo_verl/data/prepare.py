@@ -1,0 +1,210 @@
+"""`cppo prepare`: problems into verl's parquet files, without duplicates, conflicts and overlaps with evaluation sets."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cppo_verl.data.sources import DataError, Loaded, Problem, load
+from cppo_verl.grading.exact import number
+from cppo_verl.grading.normalize import clean
+
+TEMPLATES = {
+    # Qwen's own instruction; the grader reads the last box.
+    "boxed": "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+    # DAPO's instruction; the grader then also reads the last "Answer:" line (extra_info.answer_line).
+    "answer": (
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+        "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+        'Remember to put your answer on its own line after "Answer:".'
+    ),
+}
+_DAPO_WRAPPER = re.compile(
+    r"\ASolve the following math problem step by step\. The last line of your response should be of the form Answer: "
+    r"\$?Answer[^\n]*\n+(?P<problem>.*?)\n+Remember to put your answer on its own line after \"Answer:\"\.\s*\Z",
+    re.DOTALL,
+)
+
+
+@dataclass
+class Counts:
+    """What happened to the rows of one data set."""
+
+    rows: int = 0
+    duplicates: int = 0
+    conflicting: int = 0
+    overlapping: int = 0
+    kept: int = 0
+    removed: list[dict[str, str]] = field(default_factory=list)
+
+
+def unwrap(text: str) -> str:
+    """The bare problem of a prompt that carries DAPO's instruction; any other text unchanged."""
+    found = _DAPO_WRAPPER.match(text.strip())
+    return (found["problem"] if found else text).strip()
+
+
+def fingerprint(text: str) -> str:
+    """What is left of a problem when spelling, spacing, markup and case are ignored: lower-cased a-z and 0-9."""
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def identity(text: str) -> str:
+    """A problem's text without differences in Unicode form and white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def normal_gold(answer: str) -> str:
+    """A gold as the grader reads it: integers without zero-padding, degree signs, dollars, thousands separators."""
+    text = clean(answer)
+    value = None if "%" in text else number(text)
+    return str(value) if value is not None and value.denominator == 1 else text or answer.strip()
+
+
+def deduplicate(rows: Iterable[Problem], counts: Counts) -> list[Problem]:
+    """The first of every group of equal texts; none of a group whose answers differ.
+
+    Problems that differ in signs or markup only share a :func:`fingerprint`; they are duplicates if their answers agree
+    too, and different problems otherwise.
+    """
+    groups: dict[str, list[Problem]] = {}
+    for row in rows:
+        counts.rows += 1
+        groups.setdefault(identity(row.problem), []).append(row)
+    kept, seen = [], set()
+    for group in groups.values():
+        if len({row.answer for row in group}) > 1:
+            counts.conflicting += len(group)
+            counts.removed += [{"id": row.id, "reason": "conflicting answers", "answer": row.answer} for row in group]
+            continue
+        key = (fingerprint(group[0].problem), group[0].answer)
+        if key in seen:
+            counts.duplicates += len(group)
+            continue
+        seen.add(key)
+        counts.duplicates += len(group) - 1
+        kept.append(group[0])
+    return kept
+
+
+def remove_overlaps(rows: list[Problem], held_out: dict[str, list[Problem]], counts: Counts) -> list[Problem]:
+    """``rows`` without the problems of the evaluation sets, compared by :func:`fingerprint`."""
+    known = {fingerprint(row.problem): f"{name} {row.id}" for name, problems in held_out.items() for row in problems}
+    kept = []
+    for row in rows:
+        match = known.get(fingerprint(row.problem))
+        if match is None:
+            kept.append(row)
+        else:
+            counts.overlapping += 1
+            counts.removed.append({"id": row.id, "reason": f"is in {match}"})
+    return kept
+
+
+def cleaned(loaded: Loaded) -> list[Problem]:
+    return [Problem(row.id, unwrap(row.problem), normal_gold(row.answer)) for row in loaded.rows]
+
+
+def write(path: Path, name: str, rows: Sequence[Problem], template: str) -> str:
+    """verl's parquet file; returns its SHA-256. The same rows give the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    text = TEMPLATES[template]
+    records = [
+        {
+            "data_source": name,
+            "prompt": [{"role": "user", "content": text.format(problem=row.problem)}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": row.answer},
+            "extra_info": {"index": index, "id": row.id, "answer_line": template == "answer"},
+        }
+        for index, row in enumerate(rows)
+    ]
+    temporary = path.with_suffix(".tmp")
+    parquet.write_table(pa.Table.from_pylist(records), temporary)
+    temporary.replace(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A data set to prepare: its name, and a file or hub repository where it is not the known one."""
+
+    name: str
+    source: str | None = None
+
+
+def parse_request(text: str) -> Request:
+    """``NAME`` or ``NAME=FILE_OR_REPOSITORY``."""
+    name, _, source = text.partition("=")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise DataError(f"{text}: give NAME or NAME=FILE, with a name of letters, digits, '-', '_' and '.'")
+    return Request(name, source or None)
+
+
+def prepare(
+    train: Sequence[Request],
+    held_out: Sequence[Request],
+    out: Path,
+    template: str = "boxed",
+    revision: str | None = None,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Write ``out/NAME.parquet`` for every data set, and ``out/manifest.json``; returns the manifest's content.
+
+    Training sets lose what they share with an evaluation set or an earlier training set. Golds are checked: each must
+    grade right against itself in a box.
+
+    Raises:
+        DataError: a source cannot be read, names repeat, or nothing is left of a set.
+    """
+    names = [request.name for request in (*train, *held_out)]
+    if len(set(names)) < len(names):
+        raise DataError(f"a name is given twice: {', '.join(names)}")
+    say = progress or (lambda text: None)
+    out.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, Any] = {}
+    evaluation: dict[str, list[Problem]] = {}
+    for request in held_out:
+        entries[request.name], evaluation[request.name] = _one_set(request, revision, say, "evaluation", {})
+    taken = dict(evaluation)
+    prepared = dict(evaluation)
+    for request in train:
+        entries[request.name], rows = _one_set(request, revision, say, "training", taken)
+        taken[request.name] = prepared[request.name] = rows
+    for name, rows in prepared.items():
+        if not rows:
+            raise DataError(f"{name}: no problem is left")
+        entries[name]["sha256"] = write(out / f"{name}.parquet", name, rows, template)
+        say(f"{name}: wrote {out / name}.parquet")
+    manifest = {"template": template, "prompt": TEMPLATES[template], "sets": dict(sorted(entries.items()))}
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    return manifest
+
+
+def _one_set(
+    request: Request, revision: str | None, say: Any, role: str, known: dict[str, list[Problem]]
+) -> tuple[dict[str, Any], list[Problem]]:
+    say(f"{request.name}: reading {request.source or 'from the hub'}")
+    loaded = load(request.name, request.source, revision)
+    counts = Counts()
+    rows = deduplicate(cleaned(loaded), counts)
+    rows = remove_overlaps(rows, known, counts)
+    counts.kept = len(rows)
+    content = "\n".join(json.dumps([row.problem, row.answer]) for row in rows)
+    entry = {
+        "role": role,
+        "origin": loaded.origin,
+        "content_sha256": hashlib.sha256(content.encode()).hexdigest(),
+        **asdict(counts),
+    }
+    say(
+        f"{request.name}: {counts.rows} rows, {counts.duplicates} duplicates, {counts.conflicting} with conflicting "
+        f"answers, {counts.overlapping} in another set, {counts.kept} kept"
+    )
+    return entry, rows

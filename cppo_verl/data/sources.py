@@ -1,0 +1,159 @@
+"""Data sets by name: on the Hugging Face hub, or the same columns in a local file."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class DataError(ValueError):
+    """A data set that cannot be had or read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One split of a data set on the hub and the columns that hold problem and answer."""
+
+    repository: str
+    split: str
+    problem: str
+    answer: str
+    config: str | None = None
+
+
+# Where each name is fetched from. `--source NAME=REPOSITORY` or `--source NAME=FILE` uses another one.
+HUB = {
+    "dapo": HubSource("BytedTsinghua-SIA/DAPO-Math-17k", "train", "prompt", "reward_model.ground_truth"),
+    "aime24": HubSource("HuggingFaceH4/aime_2024", "train", "problem", "answer"),
+    "aime25": HubSource("math-ai/aime25", "test", "problem", "answer"),
+    "aime26": HubSource("math-ai/aime26", "test", "problem", "answer"),
+    "math500": HubSource("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
+}
+
+# Names under which files on disk may call the two columns, in order of preference.
+_PROBLEM_COLUMNS = ("problem", "question", "prompt")
+_ANSWER_COLUMNS = ("answer", "reward_model.ground_truth", "ground_truth", "solution")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem as its source has it."""
+
+    id: str
+    problem: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of one data set, and where they came from (for the manifest)."""
+
+    rows: list[Problem]
+    origin: dict[str, str]
+
+
+def load(name: str, source: str | None = None, revision: str | None = None) -> Loaded:
+    """All rows of a data set.
+
+    Args:
+        name: a key of ``HUB``, or any name where ``source`` is a file.
+        source: a local .jsonl, .json or .parquet file, or a hub repository to use instead of the known one.
+        revision: commit, tag or branch of the hub repository; default: its newest.
+
+    Raises:
+        DataError: the file or repository cannot be read, or has no columns for problem and answer.
+    """
+    if source is not None and (Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists()):
+        return _load_file(name, Path(source))
+    if source is None and name not in HUB:
+        raise DataError(f"{name}: not a known data set ({', '.join(HUB)}); give its file as {name}=FILE")
+    return _load_hub(name, source, revision)
+
+
+def _load_file(name: str, path: Path) -> Loaded:
+    if not path.is_file():
+        raise DataError(f"{name}: {path} does not exist")
+    try:
+        records = list(_parquet(path) if path.suffix == ".parquet" else _json_lines(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: {path} cannot be read: {error}") from None
+    if not records:
+        raise DataError(f"{name}: {path} is empty")
+    problem, answer = (_column(name, path, records[0], names) for names in (_PROBLEM_COLUMNS, _ANSWER_COLUMNS))
+    return Loaded(_problems(name, records, problem, answer), {"file": path.name})
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
+                if not isinstance(record, dict):
+                    raise ValueError(f"line {number} is not a JSON object")
+                yield record
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
+
+
+def _load_hub(name: str, repository: str | None, revision: str | None) -> Loaded:
+    import datasets
+    from huggingface_hub import HfApi
+
+    known = HUB.get(name)
+    repository = repository or known.repository
+    split = known.split if known else "train"
+    try:
+        resolved = HfApi().dataset_info(repository, revision=revision).sha
+        table = datasets.load_dataset(repository, known.config if known else None, split=split, revision=resolved)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"{name}: {repository} cannot be fetched from the hub ({type(error).__name__}: {reason}); "
+            f"on a machine without network give a file: {name}=FILE.jsonl"
+        ) from None
+    records = table.to_list()
+    own = known if known and repository == known.repository else None
+    columns = [
+        _column(name, repository, records[0], (wanted,) if own else names)
+        for wanted, names in ((own and own.problem, _PROBLEM_COLUMNS), (own and own.answer, _ANSWER_COLUMNS))
+    ]
+    return Loaded(_problems(name, records, *columns), {"repository": repository, "revision": resolved, "split": split})
+
+
+def _column(name: str, origin: object, record: dict[str, Any], candidates: tuple[str, ...]) -> str:
+    for candidate in candidates:
+        if _value(record, candidate) is not None:
+            return candidate
+    raise DataError(f"{name}: {origin} has none of the columns {', '.join(candidates)} (it has {', '.join(record)})")
+
+
+def _value(record: dict[str, Any], column: str) -> Any:
+    value: Any = record
+    for key in column.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _problems(name: str, records: list[dict[str, Any]], problem: str, answer: str) -> list[Problem]:
+    rows = []
+    for number, record in enumerate(records):
+        text, gold = _value(record, problem), _value(record, answer)
+        if isinstance(text, list):  # chat messages, as verl's own files have them
+            text = "\n".join(str(message.get("content", "")) for message in text if message.get("role") == "user")
+        if not str(text or "").strip() or not str("" if gold is None else gold).strip():
+            raise DataError(f"{name}: row {number} has an empty {problem if not text else answer}")
+        rows.append(Problem(str(record.get("id", f"{name}-{number}")), str(text), str(gold)))
+    return rows

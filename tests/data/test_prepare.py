@@ -1,0 +1,155 @@
+"""Data preparation: small fixtures of our own, and the public sets where CPPO_DATA_DIR has them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import pytest
+
+from cppo_verl.cli import main
+from cppo_verl.data.prepare import Counts, Request, deduplicate, fingerprint, normal_gold, prepare, unwrap
+from cppo_verl.data.sources import DataError, Problem, load
+from cppo_verl.grading import grade
+from cppo_verl.validation import inspect_data_file
+
+DATA = os.environ.get("CPPO_DATA_DIR")
+needs_data = pytest.mark.skipif(DATA is None, reason="CPPO_DATA_DIR is not set: the public data sets are not here")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    train = [
+        {"problem": "What is 1 + 1?", "answer": "2"},
+        {"problem": "What is  1 + 1?", "answer": "02"},  # the same once white space and padding are gone
+        {"problem": "What is 1 - 1?", "answer": "0"},  # same letters and digits, another problem
+        {"problem": "Name a prime.", "answer": "2"},
+        {"problem": "Name a prime.", "answer": "3"},
+        {"problem": "What is $2+2$?", "answer": "4"},
+        {"problem": "An angle", "answer": r"336^\circ"},
+    ]
+    held_out = [{"id": "h-1", "problem": "What is 2 + 2 ?", "answer": "4"}]
+    return write_lines(tmp_path / "train.jsonl", train), write_lines(tmp_path / "held.jsonl", held_out)
+
+
+def run(files, out, *options):
+    train, held_out = files
+    return main(["prepare", "--train", f"toy={train}", "--eval", f"held={held_out}", "--out", str(out), *options])
+
+
+def test_duplicates_conflicts_and_overlaps_are_removed_and_told(files, tmp_path, capsys):
+    out = tmp_path / "data"
+    assert run(files, out) == 0
+    entry = json.loads((out / "manifest.json").read_text())["sets"]["toy"]
+    counts = {name: entry[name] for name in ("rows", "duplicates", "conflicting", "overlapping", "kept")}
+    assert counts == {"rows": 7, "duplicates": 1, "conflicting": 2, "overlapping": 1, "kept": 3}
+    assert "toy: toy-5 is in held h-1: left out" in capsys.readouterr().out
+    rows = parquet.read_table(out / "toy.parquet").to_pylist()
+    assert [row["reward_model"]["ground_truth"] for row in rows] == ["2", "0", "336"]
+    assert rows[0]["prompt"][0]["content"].startswith("What is 1 + 1?\n\nPlease reason step by step")
+    assert rows[0]["extra_info"]["answer_line"] is False
+    assert inspect_data_file(out / "toy.parquet", "prompt") == (None, 3)
+    assert entry["sha256"] == hashlib.sha256((out / "toy.parquet").read_bytes()).hexdigest()
+
+
+def test_the_same_input_gives_the_same_bytes(files, tmp_path):
+    for name in ("a", "b"):
+        run(files, tmp_path / name)
+    for file in ("toy.parquet", "held.parquet", "manifest.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_daposs_answer_line_template_tells_the_grader(files, tmp_path):
+    run(files, tmp_path / "data", "--template", "answer")
+    row = parquet.read_table(tmp_path / "data/toy.parquet").to_pylist()[0]
+    assert row["extra_info"]["answer_line"] is True
+    text = row["prompt"][0]["content"]
+    assert text.endswith('Remember to put your answer on its own line after "Answer:".')
+    assert unwrap(text) == "What is 1 + 1?"
+
+
+@pytest.mark.parametrize(
+    ("gold", "normal"),
+    [("025", "25"), ("336^\\circ", "336"), ("$34$", "34"), ("1,234", "1234"), ("-7", "-7"), ("\\frac{1}{2}", None)],
+)
+def test_golds(gold, normal):
+    assert normal_gold(gold) == (normal or normal_gold(gold))
+    assert grade(rf"\boxed{{{gold}}}", normal_gold(gold)).outcome == "right"
+
+
+def test_repeated_rows_of_the_hub_count_once():
+    counts = Counts()
+    rows = [Problem(str(number), f"problem {number % 3}", "1") for number in range(300)]
+    assert len(deduplicate(rows, counts)) == 3
+    assert counts.duplicates == 297
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("", "is empty"),
+        ("{", "cannot be read: line 1"),
+        ('{"text": "x"}\n', "has none of the columns problem, question, prompt"),
+        ('{"problem": "x"}\n', "has none of the columns answer"),
+        ('{"problem": "x", "answer": "1"}\n{"problem": "", "answer": "1"}\n', "row 1 has an empty problem"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, capsys, content, message):
+    path = tmp_path / "x.jsonl"
+    if content is not None:
+        path.write_text(content)
+    assert main(["prepare", "--train", f"toy={path}", "--eval", "--out", str(tmp_path / "o")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_network_the_error_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["prepare", "--train", "dapo", "--eval", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "BytedTsinghua-SIA/DAPO-Math-17k cannot be fetched from the hub" in error
+    assert "dapo=FILE.jsonl" in error
+
+
+def test_an_unknown_name_and_a_repeated_one(tmp_path, capsys):
+    assert main(["prepare", "--train", "gsm", "--eval", "--out", str(tmp_path)]) == 2
+    assert "gsm: not a known data set (dapo, aime24" in capsys.readouterr().err
+    with pytest.raises(DataError, match="a name is given twice"):
+        prepare([Request("a", "x.jsonl")], [Request("a", "y.jsonl")], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    out = tmp_path_factory.mktemp("public")
+    data = Path(DATA)
+    held_out = [Request(name, str(data / f"{name}.jsonl")) for name in ("aime24", "aime25", "aime26", "math500")]
+    return out, prepare([Request("dapo", str(data / "dapo_math_17k.jsonl"))], held_out, out)
+
+
+@needs_data
+def test_public_sets_have_the_known_counts(public):
+    sets = public[1]["sets"]
+    assert [sets[name]["kept"] for name in ("aime24", "aime25", "aime26", "math500")] == [30, 30, 30, 500]
+    dapo = sets["dapo"]
+    assert dapo["rows"] == 17917
+    rows = load("dapo", str(Path(DATA) / "dapo_math_17k.jsonl")).rows
+    assert len({row.problem for row in rows}) == 17290
+    assert len({fingerprint(row.problem) for row in rows}) == 16054
+    reasons = [removed["reason"] for removed in dapo["removed"] if removed["reason"].startswith("is in ")]
+    assert "is in aime26 aime26-I-1" in reasons
+    assert sum(reason.startswith("is in math500") for reason in reasons) >= 7
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["aime24", "aime25", "aime26", "dapo"])
+def test_every_gold_is_right_in_its_own_box(public, name):
+    rows = parquet.read_table(public[0] / f"{name}.parquet").to_pylist()
+    golds = {row["reward_model"]["ground_truth"] for row in rows}
+    wrong = [gold for gold in golds if grade(rf"Thus \boxed{{{gold}}}.", gold).outcome != "right"]
+    assert wrong == []
