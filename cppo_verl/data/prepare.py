@@ -1,4 +1,4 @@
-"""`cppo prepare`: problems into verl's parquet files, without duplicates, conflicts and overlaps with evaluation sets."""
+"""`cppo prepare`: problems into verl's parquet files, without duplicates, conflicts or overlaps with other sets."""
 
 import hashlib
 import json
