@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         choices=BENCH_VARIANTS[1:],
         default=list(BENCH_VARIANTS[1:]),
-        help="what to compare with (default: all)",
+        help="what to compare with (default: all); write -- before overrides that follow",
     )
     bench.add_argument("--vocabulary", type=int, help="use a tiny random model with this many tokens, e.g. 151936")
     plot = commands.add_parser("plot", help="draw the plots of a run folder")
@@ -162,7 +162,9 @@ def _bench(overrides: list[str], rounds: int, against: list[str], vocabulary: in
     # Taken out of the divergence node, which a step of the "binary" variant replaces.
     config.bench.divergence = OmegaConf.to_container(config.divergence, resolve=True)
     config.bench.binary = OmegaConf.to_container(compose(["divergence=binary_tv"]).divergence, resolve=True)
-    status = launch(config, ["cppo", "bench", *overrides], module="cppo_verl.adapters.bench")
+    command = ["cppo", "bench", "--rounds", str(rounds), "--against", *against]
+    command += [] if vocabulary is None else ["--vocabulary", str(vocabulary)]
+    status = launch(config, [*command, "--", *overrides], module="cppo_verl.adapters.bench")
     for name, text in bench_rows(run_folder(config)) if status == 0 else ():
         print(f"{name:<32} {text}")
     return status

@@ -7,7 +7,7 @@ from cppo_verl.run_log import accuracies, read_metrics
 
 
 def plot_run(folder: Path) -> list[Path]:
-    """Write ``plots/training.png`` and, from the newest dump, ``plots/mask.png``. Returns the files written."""
+    """Write ``plots/training.png`` and, where steps were dumped, ``plots/mask.png``. Returns the files written."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -231,14 +231,15 @@ def _log_prob_is_float32(logits: Tensor) -> bool:
 
 
 def _check_rows(data: TensorDict) -> None:
-    responses, ids, log_probs = (_lengths(data[name]) for name in ("responses", IDS, LOG_PROBS))
-    for name, lengths in ((IDS, ids), (LOG_PROBS, log_probs)):
-        if not torch.equal(responses, lengths):
-            row = int((responses != lengths).nonzero()[0])
-            raise TopKError(
-                f"{_name(data, row)} has {int(responses[row])} tokens, but {name} has {int(lengths[row])} rows: the "
-                "rollout's Top-K data were cut or shifted on their way"
-            )
+    """Stop unless every response has a row for each of its tokens. Waits for the device once."""
+    responses, *fields = (_lengths(data[name]) for name in ("responses", IDS, LOG_PROBS))
+    wrong = torch.stack([responses != lengths for lengths in fields])
+    if bool(wrong.any()):
+        field, row = wrong.nonzero()[0].tolist()
+        raise TopKError(
+            f"{_name(data, row)} has {int(responses[row])} tokens, but {(IDS, LOG_PROBS)[field]} has "
+            f"{int(fields[field][row])} rows: the rollout's Top-K data were cut or shifted on their way"
+        )
 
 
 def _lengths(field: Tensor) -> Tensor:

@@ -157,8 +157,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Write ``out/NAME.parquet`` for every data set, and ``out/manifest.json``; returns the manifest's content.
 
-    Training sets lose what they share with an evaluation set or an earlier training set. Golds are checked: each must
-    grade right against itself in a box.
+    Training sets lose what they share with an evaluation set or an earlier training set.
 
     Raises:
         DataError: a source cannot be read, names repeat, or nothing is left of a set.

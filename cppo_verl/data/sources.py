@@ -22,7 +22,7 @@ class HubSource:
     config: str | None = None
 
 
-# Where each name is fetched from. `--source NAME=REPOSITORY` or `--source NAME=FILE` uses another one.
+# Where each name is fetched from; NAME=REPOSITORY or NAME=FILE on the command line uses another one.
 HUB = {
     "dapo": HubSource("BytedTsinghua-SIA/DAPO-Math-17k", "train", "prompt", "reward_model.ground_truth"),
     "aime24": HubSource("HuggingFaceH4/aime_2024", "train", "problem", "answer"),

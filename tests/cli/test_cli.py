@@ -87,10 +87,13 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-def test_wheel_holds_every_config(wheel):
+def test_wheel_holds_every_module_and_config(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name.removeprefix("cppo_verl/configs/") for name in archive.namelist() if name.endswith(".yaml")}
+        names = archive.namelist()
+    packed = {name.removeprefix("cppo_verl/configs/") for name in names if name.endswith(".yaml")}
     assert packed == {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "cppo_verl").rglob("*.py")}
+    assert modules == {name for name in names if name.endswith(".py")}
 
 
 def test_an_installed_wheel_composes_outside_the_checkout(wheel, overrides, tmp_path):
