@@ -176,7 +176,7 @@ def _wide_model(vocabulary: int) -> tuple[Path, int]:
 
     folder = Path(f"runs/bench-model-{vocabulary}").absolute()
     shape = ModelShape(vocabulary=vocabulary)
-    if not (folder / "config.json").exists():
+    if not (folder / "tokenizer_config.json").exists():  # written last: an interrupted build is made again
         tokenizer = build_tokenizer(shape)
         build_model(shape, tokenizer, seed=0).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -131,15 +131,19 @@ def _correct(path: Path) -> dict[str, dict[tuple[str, str], list[bool]]]:
     return result
 
 
+# What a line of bench.jsonl measures, and in which unit.
+_BENCH_MEASURES = {"step": "s", "gen_per_token": "s", "update_actor": "s", "peak_memory_gb": "GiB"}
+
+
 def bench_rows(folder: Path) -> list[tuple[str, str]]:
     """Median ratio "ours / other" of each timing with its 95% bootstrap interval over rounds; also in bench.json."""
     rounds: dict[int, dict[str, dict[str, float]]] = {}
     for line in read_lines(folder / BENCH):
         rounds.setdefault(line["round"], {})[line["variant"]] = line
-    variants = list(dict.fromkeys(line["variant"] for line in read_lines(folder / BENCH)))
+    variants = {variant for entry in rounds.values() for variant in entry}
     complete = [entry for entry in rounds.values() if len(entry) == len(variants)]
     figures, rows = [], []
-    for other in sorted(set(variants) - {"ours"}):
+    for other in sorted(variants - {"ours"}):
         for measure, unit in _BENCH_MEASURES.items():
             ratios = np.array([entry["ours"][measure] / entry[other][measure] for entry in complete])
             interval = bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
@@ -164,7 +168,3 @@ def bench_rows(folder: Path) -> list[tuple[str, str]]:
             )
     (folder / "bench.json").write_text(json.dumps(figures, indent=2) + "\n")
     return rows
-
-
-# What a line of bench.jsonl measures, and in which unit.
-_BENCH_MEASURES = {"step": "s", "gen_per_token": "s", "update_actor": "s", "peak_memory_gb": "GiB"}

@@ -280,7 +280,7 @@ def _check_values(
     kind, row, token = found.nonzero()[0].tolist()
     raise TopKError(
         f"{list(problems)[kind]}: token {token} of {_name(data, row)}; sampled id "
-        f"{int(_flat(data['responses'][row].unsqueeze(0))[token])} at log-probability "
+        f"{int(data['responses'][row][token])} at log-probability "
         f"{float(rollout_log_prob[row, token]):.6f}, Top-K ids {topk.ids[row, token].tolist()} at "
         f"{[round(value, 6) for value in mu[row, token].tolist()]}. "
         f"{int(found.any(0).sum())} of {int(valid.sum())} tokens of this micro-batch are affected; training stopped, "

@@ -125,12 +125,12 @@ def _load_hub(name: str, repository: str | None, revision: str | None) -> Loaded
             f"on a machine without network give a file: {name}=FILE.jsonl"
         ) from None
     records = table.to_list()
-    own = known if known and repository == known.repository else None
-    columns = [
-        _column(name, repository, records[0], (wanted,) if own else names)
-        for wanted, names in ((own and own.problem, _PROBLEM_COLUMNS), (own and own.answer, _ANSWER_COLUMNS))
-    ]
-    return Loaded(_problems(name, records, *columns), {"repository": repository, "revision": resolved, "split": split})
+    problems, answers = _PROBLEM_COLUMNS, _ANSWER_COLUMNS
+    if known and repository == known.repository:
+        problems, answers = (known.problem,), (known.answer,)
+    problem, answer = (_column(name, repository, records[0], names) for names in (problems, answers))
+    origin = {"repository": repository, "revision": resolved, "split": split}
+    return Loaded(_problems(name, records, problem, answer), origin)
 
 
 def _column(name: str, origin: object, record: dict[str, Any], candidates: tuple[str, ...]) -> str:

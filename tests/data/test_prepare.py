@@ -65,7 +65,7 @@ def test_the_same_input_gives_the_same_bytes(files, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_daposs_answer_line_template_tells_the_grader(files, tmp_path):
+def test_dapos_answer_line_template_tells_the_grader(files, tmp_path):
     run(files, tmp_path / "data", "--template", "answer")
     row = parquet.read_table(tmp_path / "data/toy.parquet").to_pylist()[0]
     assert row["extra_info"]["answer_line"] is True
