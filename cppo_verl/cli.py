@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,24 +26,67 @@ problem and answer columns), or NAME=HUB/REPOSITORY. Writes OUT/NAME.parquet for
 """
 
 
+_EVAL_HELP = """\
+CHECKPOINT is a Hugging Face folder or hub id, a run folder (its latest checkpoint), or one of its
+checkpoints/global_step_N; verl's shards are merged when needed. Settings that are not given are those of the run's
+validation. A killed evaluation goes on where it was when the same command is given again.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status (2: a setting is wrong)."""
+    parser = _parser()
+    # argparse gives up on positionals that follow an option; recipes append "$@" after theirs.
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
     from cppo_verl import __version__
 
     parser = argparse.ArgumentParser(prog="cppo", description="CPPO on verl: RLVR with a prefix-aware trust region.")
     parser.add_argument("--version", action="version", version=f"cppo_verl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train", help="train a model", epilog=_TRAIN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=text, epilog=more, formatter_class=raw)
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", _train, "train a model", _TRAIN_HELP)
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     train.add_argument("--dry-run", action="store_true", help="compose, check and print the configuration, then stop")
-    prepare = commands.add_parser(
-        "prepare",
-        help="make verl's data files from the hub or from files",
-        epilog=_PREPARE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    _add_prepare_arguments(add("prepare", _prepare, "make verl's data files from the hub or from files", _PREPARE_HELP))
+    _add_eval_arguments(add("eval", _eval, "sample a checkpoint and report Avg@k with its errors", _EVAL_HELP))
+    report = add("report", _report, "recompute an evaluation's numbers from its samples")
+    report.add_argument("evaluation", type=Path, help="folder of an evaluation")
+    report.add_argument("--regrade", action="store_true", help="grade the kept responses again first")
+    compare = add("compare", _compare, "paired differences between two evaluations")
+    compare.add_argument("a", type=Path, metavar="A", help="folder of an evaluation")
+    compare.add_argument("b", type=Path, metavar="B", help="another one on the same questions")
+    compare.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    bench = add("bench", _bench, "seconds and memory of a step against stock verl GRPO and binary TV")
+    bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as for train")
+    bench.add_argument("--rounds", type=int, default=30, help="rounds of one step of each variant, 2 or more")
+    bench.add_argument(
+        "--against",
+        nargs="+",
+        choices=BENCH_VARIANTS[1:],
+        default=list(BENCH_VARIANTS[1:]),
+        help="what to compare with (default: all); write -- before overrides that follow",
     )
+    bench.add_argument("--vocabulary", type=int, help="use a tiny random model with this many tokens, e.g. 151936")
+    plot = add("plot", _plot, "draw the plots of a run folder")
+    plot.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    return parser
+
+
+def _add_prepare_arguments(prepare: argparse.ArgumentParser) -> None:
     prepare.add_argument("--out", type=Path, default=Path("data"), help="folder to write (default: data)")
     prepare.add_argument("--train", nargs="*", metavar="SET", default=["dapo"], help="training sets (default: dapo)")
     prepare.add_argument(
@@ -54,30 +98,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     prepare.add_argument("--template", choices=("boxed", "answer"), default="boxed", help="prompt (default: boxed)")
     prepare.add_argument("--revision", help="commit, tag or branch of every hub repository (default: its newest)")
-    bench = commands.add_parser("bench", help="seconds and memory of a step against stock verl GRPO and binary TV")
-    bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as for train")
-    bench.add_argument("--rounds", type=int, default=30, help="rounds of one step of each variant, 2 or more")
-    bench.add_argument(
-        "--against",
-        nargs="+",
-        choices=BENCH_VARIANTS[1:],
-        default=list(BENCH_VARIANTS[1:]),
-        help="what to compare with (default: all); write -- before overrides that follow",
-    )
-    bench.add_argument("--vocabulary", type=int, help="use a tiny random model with this many tokens, e.g. 151936")
-    plot = commands.add_parser("plot", help="draw the plots of a run folder")
-    plot.add_argument("run", type=Path, help="run folder")
-    # argparse gives up on positionals that follow an option; recipes append "$@" after theirs.
-    options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in rest) or (rest and options.command in ("plot", "prepare")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.command == "train":
-        return _train([*options.overrides, *rest], options.dry_run)
-    if options.command == "prepare":
-        return _prepare(options)
-    if options.command == "bench":
-        return _bench([*options.overrides, *rest], options.rounds, options.against, options.vocabulary)
-    return _plot(options.run)
+
+
+def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
+    """What is not given is taken from the run (`cppo_verl.evaluation.command.Options`)."""
+    add = evaluate.add_argument
+    add("checkpoint", metavar="CHECKPOINT")
+    add("--all", action="store_true", help="every checkpoint of a run; the best again with fresh seeds, and the last")
+    add("--data", nargs="+", type=Path, metavar="FILE", help="verl parquet files (default: the run's, or data/aime*)")
+    add("-n", type=_positive, help="samples per question (default: 16)")
+    add("--temperature", type=float, help="default: 0.7")
+    add("--top-p", type=float, help="default: 0.95")
+    add("--max-tokens", type=_positive, help="longest response (default: max_response_length of the run)")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="enable_thinking of the chat template")
+    add("--seed", type=int, default=0, help="another seed samples afresh (default: 0)")
+    add("--limit", type=_positive, help="only the first questions of each benchmark")
+    add("--tensor-parallel", type=_positive, help="GPUs of one copy of the model; copies fill the GPUs that Ray sees")
+    add("--out", type=Path, metavar="FOLDER", help="default: RUN/eval/step_N-seedS, or evals/NAME-seedS")
+    add("--revision", help="commit, tag or branch of a hub id")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
 
 
 def _checked(command: str, overrides: list[str]) -> "DictConfig | None":
@@ -95,11 +139,11 @@ def _checked(command: str, overrides: list[str]) -> "DictConfig | None":
     return config
 
 
-def _train(overrides: list[str], dry_run: bool) -> int:
-    config = _checked("train", overrides)
+def _train(options: argparse.Namespace) -> int:
+    config = _checked("train", options.overrides)
     if config is None:
         return 2
-    if dry_run:
+    if options.dry_run:
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(config, resolve=True))
@@ -107,7 +151,7 @@ def _train(overrides: list[str], dry_run: bool) -> int:
         return 0
     from cppo_verl.launcher import launch
 
-    return launch(config, ["cppo", "train", *overrides])
+    return launch(config, ["cppo", "train", *options.overrides])
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -131,7 +175,40 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(overrides: list[str], rounds: int, against: list[str], vocabulary: int | None) -> int:
+def _eval(options: argparse.Namespace) -> int:
+    from cppo_verl.evaluation.command import Options, evaluate, evaluate_all
+
+    chosen = {field.name: getattr(options, field.name) for field in fields(Options)}
+    run = evaluate_all if options.all else evaluate
+    return _refusing("eval", lambda: run(options.checkpoint, Options(**chosen), ["cppo", *sys.argv[1:]]))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from cppo_verl.evaluation.command import report
+
+    return _refusing("report", lambda: report(options.evaluation, options.regrade))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from cppo_verl.evaluation.command import compare
+
+    return _refusing("compare", lambda: compare(options.a, options.b, options.out))
+
+
+def _refusing(command: str, action: Callable[[], int]) -> int:
+    """The action's exit status, or 2 after the message of a setting that cannot work."""
+    from cppo_verl.config import ConfigError
+
+    try:
+        return action()
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"cppo {command}: {line}", file=sys.stderr)
+        return 2
+
+
+def _bench(options: argparse.Namespace) -> int:
+    overrides, rounds, against, vocabulary = options.overrides, options.rounds, options.against, options.vocabulary
     if rounds < 2:
         print("cppo bench: --rounds must be 2 or more; an interval needs at least two", file=sys.stderr)
         return 2
@@ -183,9 +260,10 @@ def _wide_model(vocabulary: int) -> tuple[Path, int]:
     return folder, 4 * vocabulary * shape.hidden_size // 2**20 + 1
 
 
-def _plot(run: Path) -> int:
+def _plot(options: argparse.Namespace) -> int:
     from cppo_verl.plots import plot_run
 
+    run: Path = options.folder
     if not (run / "metrics.jsonl").exists():
         print(f"cppo plot: {run} is not a run folder (no metrics.jsonl)", file=sys.stderr)
         return 2

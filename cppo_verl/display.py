@@ -32,13 +32,13 @@ class RunDisplay:
 
     def __init__(self, folder: Path, log_file: Path) -> None:
         self.folder, self.log_file = folder, log_file
+        self.failed = Failure(log_file)
         self.console = Console(highlight=False)
         self.started = time.time()
         self.first_step: int | None = None
         self.total_steps: int | None = None
         self.last_printed = 0
         self.step_seconds: list[float] = []
-        self.last_failure: dict[str, Any] | None = None
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
         self.progress = Progress(
             *columns, TimeElapsedColumn(), console=self.console, transient=True, disable=not self.console.is_terminal
@@ -59,8 +59,7 @@ class RunDisplay:
     def event(self, event: Mapping[str, Any]) -> None:
         """Show the phase a run has entered."""
         name = event["event"]
-        if name == "failed":
-            self.last_failure = dict(event)
+        self.failed.note(event)
         if name == "initialized":
             self.total_steps = event["total_steps"]
             self.first_step = event["step"]
@@ -70,7 +69,7 @@ class RunDisplay:
             if not self.console.is_terminal and name in ("starting Ray", "starting workers", "initialized"):
                 self.console.print(f"{time.time() - self.started:6.0f} s  {_WAITING[name]}")
 
-    def metrics(self, line: Mapping[str, Any]) -> None:
+    def line(self, line: Mapping[str, Any]) -> None:
         """Show one step's (or the initial validation's) line when it is complete."""
         step = line["step"]
         validation = _mean_accuracy(line)
@@ -100,19 +99,7 @@ class RunDisplay:
         self.console.print("interrupted: ending Ray, vLLM and the workers")
 
     def failure(self, status: int) -> None:
-        """The cause of a failed run in a few lines; the rest is in the log."""
-        self.console.print(f"\nthe run failed (exit status {status})")
-        if self.last_failure:
-            lines = [text for text in self.last_failure["message"].strip().splitlines() if text.strip()]
-            shown = lines if len(lines) <= 6 else lines[-6:]
-            self.console.print(f"{self.last_failure['error']}: " + "\n  ".join(shown), markup=False, soft_wrap=True)
-            for error, count in first_errors(self.log_file):
-                if error.partition(": ")[2] not in self.last_failure["message"]:
-                    self.console.print(f"earlier: {error} ({count}x)", markup=False, soft_wrap=True)
-        else:
-            self.console.print("the training process ended without a message; the last lines of its log:")
-            self.console.print("\n".join(_last_lines(self.log_file, 15)), markup=False, soft_wrap=True)
-        self.console.print(f"full log: {self.log_file}", soft_wrap=True)
+        self.failed.show(self.console, "the run", status)
 
     def summary(self) -> None:
         """Where things are and what came out, from the run folder alone."""
@@ -121,6 +108,34 @@ class RunDisplay:
         rows = [*report.rows(), ("time", f"{(time.time() - self.started) / 60:.1f} min")]
         width = max(len(name) for name, _ in rows)
         self.console.print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows), soft_wrap=True)
+
+
+class Failure:
+    """Why a process ended: its own last words, and what came before them in its log."""
+
+    def __init__(self, log_file: Path) -> None:
+        self.log_file = log_file
+        self._event: dict[str, Any] | None = None
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Keep the event if it is a failure."""
+        if event["event"] == "failed":
+            self._event = dict(event)
+
+    def show(self, console: Console, what: str, status: int) -> None:
+        """The cause in a few lines; the rest is in the log."""
+        console.print(f"\n{what} failed (exit status {status})")
+        if self._event:
+            lines = [text for text in self._event["message"].strip().splitlines() if text.strip()]
+            shown = lines if len(lines) <= 6 else lines[-6:]
+            console.print(f"{self._event['error']}: " + "\n  ".join(shown), markup=False, soft_wrap=True)
+            for error, count in first_errors(self.log_file):
+                if error.partition(": ")[2] not in self._event["message"]:
+                    console.print(f"earlier: {error} ({count}x)", markup=False, soft_wrap=True)
+        else:
+            console.print("the process ended without a message; the last lines of its log:")
+            console.print("\n".join(_last_lines(self.log_file, 15)), markup=False, soft_wrap=True)
+        console.print(f"full log: {self.log_file}", soft_wrap=True)
 
 
 def _mean_accuracy(line: Mapping[str, Any]) -> str | None:

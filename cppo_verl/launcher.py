@@ -1,5 +1,6 @@
 """Starts a training process, shows its progress, and leaves nothing running when it ends, however it ends."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -23,6 +24,13 @@ from cppo_verl.run_log import EVENTS, METRICS
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
 _RUN_TAG = "CPPO_RUN_TAG"
+
+# Linux; loaded here, because a new process must not import.
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+# Exit status of a run that was interrupted (the shell's for SIGINT).
+INTERRUPTED = 130
 
 # Defaults for the environment of a run; what the user has set wins.
 _ENVIRONMENT = {
@@ -52,37 +60,56 @@ def launch(config: DictConfig, command: list[str], module: str = "cppo_verl.adap
     The run folder is made here, after all checks.
     """
     folder = run_folder(config)
+    with locked(folder) as free:
+        return _launch(config, command, module, folder) if free else 2
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Make ``folder`` and hold it for this process; False, after a message, where another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"cppo: run {folder} is still going on in another process", file=sys.stderr)
-            return 2
-        return _launch(config, command, module, folder)
+            print(f"cppo: {folder} is still going on in another process", file=sys.stderr)
+            yield False
+            return
+        yield True
 
 
 def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -> int:
     log_file = prepare_folder(config, folder, command)
     display = RunDisplay(folder, log_file)
+    status = supervise(module, folder, log_file, environment(config), folder / METRICS, display)
+    if status == 0:
+        display.summary()
+    elif status != INTERRUPTED:
+        display.failure(status)
+    return status
+
+
+def supervise(module: str, folder: Path, log_file: Path, environment: dict[str, str], lines: Path, display: Any) -> int:
+    """Run ``python -m module folder`` to its end and leave nothing of it running; returns its exit status.
+
+    Args:
+        lines: a JSON-lines file that the process appends to, shown beside the folder's events.
+        display: a context manager with the methods ``event``, ``line``, ``refresh`` and ``interrupted``.
+    """
     tag = uuid.uuid4().hex
     process = None
     with _termination_as_interrupt(), open(log_file, "ab") as log:
         try:
-            process = _start(module, folder, log, environment(config, tag))
+            process = _start(module, folder, log, {**environment, _RUN_TAG: tag})
             with display:
-                status = _follow(process, folder, display)
+                status = _follow(process, folder, lines, display)
         except KeyboardInterrupt:
             display.interrupted()
             if process is not None:
                 process.send_signal(signal.SIGINT)
-            status = 130
+            status = INTERRUPTED
         finally:
             end_run(process, tag, patience=15)
-    if status == 0:
-        display.summary()
-    elif status != 130:
-        display.failure(status)
     return status
 
 
@@ -100,32 +127,49 @@ def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path
     return folder / "logs" / f"train-{attempt}.log"
 
 
-def environment(config: DictConfig, tag: str) -> dict[str, str]:
+def environment(config: DictConfig, tag: str | None = None) -> dict[str, str]:
     """The environment of a run's processes: our defaults under what the user has set, and the run's tag."""
-    defaults = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if config.trainer.device == "cpu" else {})}
-    if Path(str(config.actor_rollout_ref.model.path)).is_dir():
+    variables = process_environment(config.trainer.device == "cpu", str(config.actor_rollout_ref.model.path))
+    return {**variables, "CPPO_RUN_FOLDER": str(run_folder(config)), **({_RUN_TAG: tag} if tag else {})}
+
+
+def process_environment(on_cpu: bool, model: str) -> dict[str, str]:
+    """What every process that loads ``model`` gets; variables that the user has set win."""
+    defaults = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}
+    if Path(model).is_dir():
         # A local model needs no hub; without this, loading it waits for a network that may not be there.
         defaults["HF_HUB_OFFLINE"] = "1"
-    return {**defaults, **os.environ, _RUN_TAG: tag, "CPPO_RUN_FOLDER": str(run_folder(config))}
+    return {**defaults, **os.environ}
 
 
 def _start(module: str, folder: Path, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", module, str(folder)]
     # A session of its own: Ctrl-C reaches the launcher only, which ends the run in order.
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
 
 
-def _follow(process: subprocess.Popen[bytes], folder: Path, display: RunDisplay) -> int:
-    """Show events and metrics as they are written, until the process ends."""
-    events, metrics = _Tail(folder / EVENTS), _Tail(folder / METRICS)
+def _end_with_parent() -> None:
+    """In the new process: SIGTERM when the launcher is gone, so that a launcher killed with SIGKILL leaves nothing."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _follow(process: subprocess.Popen[bytes], folder: Path, lines: Path, display: Any) -> int:
+    """Show events and lines as they are written, until the process ends."""
+    events, records = _Tail(folder / EVENTS), _Tail(lines)
     while True:
         ended = process.poll() is not None
         for event in events.new():
             display.event(event)
-        for line in metrics.new():
-            display.metrics(line)
+        for line in records.new():
+            display.line(line)
         display.refresh()
         if ended:
             return process.returncode

@@ -3,11 +3,15 @@
 Two errors answer two different questions and must not be mixed. `decoding_error`: how far would the score move if the
 same model answered the same questions again? `question_interval`: how far, if other questions of the same kind had
 been asked? The second is several times the first on AIME-sized sets.
+
+The functions that start with ``mean_`` take one array per benchmark and speak of the unweighted mean of the benchmarks;
+questions are then drawn anew within each benchmark.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,7 +63,42 @@ def question_interval(correct: ArrayLike, level: float = 0.95) -> tuple[float, f
     Raises:
         ValueError: fewer than two questions, or `level` outside (0, 1).
     """
-    low, high = _t_interval(_samples("correct", correct).mean(axis=1), level)
+    low, high = _stratified_interval([_samples("correct", correct).mean(axis=1)], level)
+    return max(0.0, low), min(1.0, high)
+
+
+def maj_at_k(answers: Sequence[Sequence[str | None]], correct: ArrayLike) -> float:
+    """Share of questions whose most frequent answer is right, a fraction; k is the number of samples.
+
+    Args:
+        answers: per question one answer per sample, in one spelling; None does not vote.
+        correct: bool array [questions, samples].
+
+    Of equally frequent answers each counts for its part, so that the order of the samples does not matter. A question
+    without any answer is wrong.
+    """
+    samples = _samples("correct", correct)
+    shares = []
+    for row, verdicts in zip(answers, samples, strict=True):
+        votes: dict[str, list[float]] = {}
+        for answer, verdict in zip(row, verdicts, strict=True):
+            if answer is not None:
+                votes.setdefault(answer, []).append(verdict)
+        most = max(map(len, votes.values()), default=0)
+        winners = [np.mean(verdict) for verdict in votes.values() if len(verdict) == most]
+        shares.append(np.mean(winners) if winners else 0.0)
+    return float(np.mean(shares))
+
+
+def mean_decoding_error(benchmarks: Sequence[ArrayLike]) -> float:
+    """`decoding_error` of the mean of several benchmarks' Avg@k."""
+    return math.hypot(*(decoding_error(correct) for correct in benchmarks)) / len(benchmarks)
+
+
+def mean_question_interval(benchmarks: Sequence[ArrayLike], level: float = 0.95) -> tuple[float, float]:
+    """`question_interval` of the mean of several benchmarks' Avg@k (Welch-Satterthwaite degrees of freedom)."""
+    means = [_samples("correct", correct).mean(axis=1) for correct in benchmarks]
+    low, high = _stratified_interval(means, level)
     return max(0.0, low), min(1.0, high)
 
 
@@ -73,24 +112,46 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> tuple[
     Raises:
         ValueError: different questions counts, fewer than two questions, or `level` outside (0, 1).
     """
+    return mean_paired_difference([a], [b], level)
+
+
+def mean_paired_difference(
+    a: Sequence[ArrayLike], b: Sequence[ArrayLike], level: float = 0.95
+) -> tuple[float, float, float, float]:
+    """`paired_difference` of the mean of several benchmarks' Avg@k; a[i] and b[i] are the same benchmark."""
+    differences = [_differences(first, second) for first, second in zip(a, b, strict=True)]
+    low, high = _stratified_interval(differences, level)
+    questions = sum(map(len, differences))
+    # Weighted so that their plain mean is the unweighted mean over the benchmarks.
+    weighted = np.concatenate([values * questions / (len(values) * len(differences)) for values in differences])
+    test = stats.permutation_test(
+        (weighted,), np.mean, permutation_type="samples", n_resamples=_SIGN_FLIPS, vectorized=True, rng=0
+    )
+    return float(weighted.mean()), low, high, float(test.pvalue)
+
+
+def _differences(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     rows_a, rows_b = _samples("a", a), _samples("b", b)
     if len(rows_a) != len(rows_b):
         raise ValueError(f"a and b must hold the same questions, got {len(rows_a)} and {len(rows_b)}")
-    differences = rows_a.mean(axis=1) - rows_b.mean(axis=1)
-    low, high = _t_interval(differences, level)
-    test = stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=_SIGN_FLIPS, vectorized=True, rng=0
-    )
-    return float(differences.mean()), low, high, float(test.pvalue)
+    return rows_a.mean(axis=1) - rows_b.mean(axis=1)
 
 
-def _t_interval(values: NDArray[np.float64], level: float) -> tuple[float, float]:
+def _stratified_interval(groups: Sequence[NDArray[np.float64]], level: float) -> tuple[float, float]:
+    """A t-interval for the mean of the groups' means."""
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must be between 0 and 1, got {level}")
-    if len(values) < 2:
+    if min(map(len, groups)) < 2:
         raise ValueError("at least two questions are needed for an interval over questions")
-    half = stats.t.ppf((1.0 + level) / 2.0, len(values) - 1) * stats.sem(values)
-    return float(values.mean() - half), float(values.mean() + half)
+    variances = np.array([stats.sem(values) ** 2 for values in groups])
+    freedom = np.array([len(values) - 1 for values in groups])
+    total = variances.sum()
+    center = float(np.mean([values.mean() for values in groups]))
+    if total == 0.0:
+        return center, center
+    degrees = total**2 / (variances**2 / freedom).sum()
+    half = float(stats.t.ppf((1.0 + level) / 2.0, degrees) * math.sqrt(total)) / len(groups)
+    return center - half, center + half
 
 
 def _samples(name: str, correct: ArrayLike) -> NDArray[np.float64]:

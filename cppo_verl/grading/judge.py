@@ -62,8 +62,14 @@ def _parse(text: str) -> Any:
 def _same(truth: Any, value: Any) -> bool:
     if value is None:
         return False
-    # `raise_on_error`: an exception is the grader's failure and is counted as such, not as a wrong answer.
-    return verify(truth, value, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+    try:
+        return verify(truth, value, timeout_seconds=None, raise_on_error=True)
+    except Exception:
+        # One of its strategies failed. Another may prove the answer right; without that the failure is the grader's,
+        # and counted as such.
+        if verify(truth, value, timeout_seconds=None):
+            return True
+        raise
 
 
 def _is_number(value: Any) -> bool:

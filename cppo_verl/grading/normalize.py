@@ -64,11 +64,11 @@ _DIGIT_GAP = re.compile(r"(?<![\^_0-9])[0-9]+\s+[0-9]")
 
 
 def clean(text: str) -> str:
-    """The answer without layout markup, currency, units, thousands marks and a final full stop."""
+    """The answer without layout markup, currency, units, thousands marks and a final full stop or backslash."""
     text = text.strip()
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"\s*[.。]\s*$", "", text.strip().strip("*").strip())
+    text = re.sub(r"\s*(?:[.。]|(?<!\\)\\)\s*$", "", text.strip().strip("*").strip())
     while _NESTED_BOX.search(text) and (unboxed := _WRAPPER.sub(r"\1", text)) != text:
         text = unboxed
     if whole := _WRAPPER.fullmatch(text):

@@ -1,7 +1,7 @@
 """verl's FSDP2 engine with our loss on one fixed batch, without Ray: ``python engine.py CONFIG OUT RANK WORLD PORT``.
 
 The learning rate is 0, so that every update starts from the same weights. One JSON line per update; what the updates
-are to be compared with - the full distributions of both policies - goes to OUT.truth.
+are to be compared with - the full distributions - goes to OUT.truth, verl's checkpoint to OUT.checkpoints.
 """
 
 import json
@@ -126,6 +126,7 @@ def main(config_file, out, rank, world, port):
             metrics = update(worker, batch, None if dynamic else size, dump, dynamic)
             plain = {name: torch.tensor(value).double().mean().item() for name, value in metrics.items()}
             file.write(json.dumps({"micro_batch_size": size, **plain}) + "\n")
+    worker.save_checkpoint(f"{out}.checkpoints/global_step_4/actor")
 
 
 if __name__ == "__main__":

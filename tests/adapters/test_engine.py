@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from engine import DELTA, DELTA_B, W_MIN
 from mask_oracle import mask_of_response
 from omegaconf import OmegaConf
+
+from cppo_verl.checkpoints import CheckpointError, find, hugging_face_folder
 
 ENGINE = Path(__file__).with_name("engine.py")
 
@@ -90,12 +93,48 @@ def test_micro_batch_size_changes_nothing(linear):
         assert_same_update(updates[2], update)
 
 
-def test_two_ranks_train_like_one(engine_config, linear, tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(engine_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine2")
     config = engine_config.copy()
     config.trainer.n_gpus_per_node = 2
-    for updates in run_engine(config, tmp_path, world=2):
+    return folder, run_engine(config, folder, world=2)
+
+
+def test_two_ranks_train_like_one(linear, two_ranks):
+    for updates in two_ranks[1]:
         for update in updates:
             assert_same_update(linear[1][2], update)
+
+
+def test_merged_checkpoint_is_the_model(engine_config, linear, two_ranks):
+    """Shards of one rank and of two become the model they were loaded from, in the merger's bfloat16."""
+    from safetensors.torch import load_file
+
+    original = load_file(f"{engine_config.actor_rollout_ref.model.path}/model.safetensors")
+    for folder, world in ((linear[0], 1), (two_ranks[0], 2)):
+        shards = folder / f"updates-{world}.checkpoints" / "global_step_4" / "actor"
+        assert len(list(shards.glob("model_world_size_*"))) == world
+        messages = []
+        checkpoint = find(str(shards.parent))
+        assert (checkpoint.step, checkpoint.backend, checkpoint.name) == (4, "fsdp", "step_4")
+        merged = hugging_face_folder(checkpoint, messages.append)
+        weights = load_file(merged / "model.safetensors")
+        missing = original.keys() - weights.keys()
+        assert missing <= {"lm_head.weight"}  # tied to the embedding
+        assert all(torch.equal(weights[name], original[name].bfloat16()) for name in weights)
+        assert hugging_face_folder(checkpoint, messages.append) == merged
+        assert len(messages) == 1  # merged once
+        assert (merged / "tokenizer_config.json").is_file()
+    assert find(str(merged)).backend is None
+
+    newest = next(shards.glob("model_world_size_*"))
+    os.utime(newest, (time.time() + 5, time.time() + 5))  # saved again by a resumed run
+    hugging_face_folder(checkpoint, messages.append)
+    assert len(messages) == 2
+    newest.unlink()
+    with pytest.raises(CheckpointError, match="incomplete"):
+        hugging_face_folder(checkpoint, messages.append)
 
 
 def test_shuffled_weights_do_not_depend_on_micro_batches(engine_config, tmp_path):

@@ -78,8 +78,8 @@ def test_display_prints_a_line_per_step_once(run, capsys):
     display = RunDisplay(run, run / "log")
     display.event({"event": "initialized", "step": 0, "total_steps": 2})
     line = {"step": 1, "trust_region/masked": 0.1, "trust_region/masked_by_token": 0.06}
-    display.metrics(line)  # written before a checkpoint; not complete yet
-    display.metrics(line | {"training/global_step": 1, "timing_s/step": 3.0, "critic/score/mean": 0.25})
+    display.line(line)  # written before a checkpoint; not complete yet
+    display.line(line | {"training/global_step": 1, "timing_s/step": 3.0, "critic/score/mean": 0.25})
     steps = [text for text in capsys.readouterr().out.splitlines() if text.startswith("step ")]
     assert len(steps) == 1
     assert all(

@@ -1,0 +1,193 @@
+"""Sampling for `cppo eval`: ``python -m cppo_verl.adapters.generation EVALUATION_FOLDER`` (``cppo eval`` starts it).
+
+One vLLM engine per model replica, spread over the GPUs at hand (or one on the CPU) as Ray actors. Each sample is graded
+and written as soon as it is finished, so that a killed evaluation goes on where it was.
+"""
+
+import asyncio
+import functools
+import inspect
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from verl.utils.import_utils import load_extern_object
+
+from cppo_verl.adapters.seeding import problem_key, response_seed
+from cppo_verl.evaluation.samples import SAMPLES, Evaluation, Question, Sample, grade_sample, write_lines
+from cppo_verl.run_log import RunLog
+
+_GRADING_THREADS = 8
+
+
+@ray.remote(max_concurrency=1)
+class Replica:
+    """One copy of the model."""
+
+    def __init__(self, engine: dict[str, Any]) -> None:
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**engine))
+
+    def ready(self) -> bool:
+        return True
+
+    def generate(
+        self, requests: list[tuple[str, list[int], int]], decoding: dict[str, Any]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Yield finished responses as they come, in lists; a request is (id, prompt tokens, sampling seed)."""
+        from vllm import SamplingParams
+
+        for name, prompt, seed in requests:
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(seed=seed, **decoding))
+        while self.engine.has_unfinished_requests():
+            finished = [output for output in self.engine.step() if output.finished]
+            if finished:
+                yield [
+                    {
+                        "id": output.request_id,
+                        "token_ids": list(output.outputs[0].token_ids),
+                        "finish_reason": output.outputs[0].finish_reason,
+                    }
+                    for output in finished
+                ]
+
+
+class SampleWriter:
+    """Grades finished responses on threads and appends them to samples.jsonl, each line at once."""
+
+    def __init__(self, evaluation: Evaluation, tokenizer: Any, reward: Any) -> None:
+        self.tokenizer, self.reward = tokenizer, reward
+        path = evaluation.folder / SAMPLES
+        write_lines(path, map(asdict, evaluation.samples.values()))  # without a last line that a kill cut off
+        self._file = open(path, "a")  # noqa: SIM115
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(_GRADING_THREADS)
+        self._grading: list[Future[None]] = []
+
+    def add(self, question: Question, number: int, seed: int, output: dict[str, Any]) -> None:
+        # Decoded as verl does for the reward: one text for training, validation and evaluation.
+        text = self.tokenizer.decode(output["token_ids"], skip_special_tokens=True)
+        sample = Sample(
+            benchmark=question.benchmark,
+            question=question.id,
+            sample=number,
+            seed=seed,
+            response=text,
+            tokens=len(output["token_ids"]),
+            finish_reason=str(output["finish_reason"]),
+            outcome="",
+            answer=None,
+        )
+        self._grading.append(self._threads.submit(self._grade, sample, question))
+
+    def close(self) -> None:
+        """Wait for the last verdict. Raises what a reward function raised."""
+        self._threads.shutdown(wait=True)
+        self._file.close()
+        for graded in self._grading:
+            graded.result()
+
+    def _grade(self, sample: Sample, question: Question) -> None:
+        line = json.dumps(asdict(grade_sample(sample, question, self.reward))) + "\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+
+
+def run(folder: Path) -> None:
+    """Make the missing samples of an evaluation."""
+    from transformers import AutoTokenizer
+
+    log = RunLog(folder)
+    evaluation = Evaluation.read(folder)
+    settings, engine = evaluation.manifest["settings"], dict(evaluation.manifest["attempts"][-1]["engine"])
+    decoding = {name: value for name, value in settings["decoding"].items() if name not in ("n", "seed", "dtype")}
+    gpus = engine.pop("gpus_per_replica")
+    tokenizer = AutoTokenizer.from_pretrained(engine["model"], trust_remote_code=engine["trust_remote_code"])
+
+    prompts = {
+        (question.benchmark, question.id): chat_tokens(tokenizer, question.prompt, settings["chat"]["arguments"])
+        for question in evaluation.questions
+    }
+    engine["max_model_len"] = max(map(len, prompts.values())) + decoding["max_tokens"]
+    if not engine["enable_chunked_prefill"]:
+        engine["max_num_batched_tokens"] = max(8192, engine["max_model_len"])  # a prompt must fit a step
+    missing = {str(position): wanted for position, wanted in enumerate(evaluation.missing())}
+    requests = []
+    for name, (question, number) in missing.items():
+        seed = response_seed(settings["decoding"]["seed"], 0, problem_key(question.prompt), number)
+        requests.append((name, prompts[question.benchmark, question.id], seed))
+
+    log.event("starting Ray")
+    ray.init(include_dashboard=False, **({} if gpus or "RAY_ADDRESS" in os.environ else {"num_gpus": 0}))
+    count = min(_replicas(gpus), len(requests))
+    log.event("loading the model", replicas=count)
+    actors = [Replica.options(num_cpus=1, num_gpus=gpus).remote(engine) for _ in range(count)]
+    ray.get([actor.ready.remote() for actor in actors])
+    log.event("generating")
+    writer = SampleWriter(evaluation, tokenizer, reward_function(settings["reward"]))
+    seeds = {name: seed for name, _, seed in requests}
+
+    def collect(actor: Any, share: list[tuple[str, list[int], int]]) -> None:
+        for reference in actor.generate.options(num_returns="streaming").remote(share, decoding):
+            for output in ray.get(reference):
+                writer.add(*missing[output["id"]], seeds[output["id"]], output)
+
+    with ThreadPoolExecutor(len(actors)) as threads:
+        # Neighbouring samples share a prompt; dealing them out gives every replica the same mixture of questions.
+        shares = [requests[position :: len(actors)] for position in range(len(actors))]
+        done = [threads.submit(collect, actor, share) for actor, share in zip(actors, shares, strict=True)]
+    writer.close()
+    for future in done:  # after every replica has delivered what it could
+        future.result()
+
+
+def _replicas(gpus: int) -> int:
+    """How many copies of the model fit the GPUs that Ray sees; one without GPUs."""
+    if not gpus:
+        return 1
+    seen = int(ray.cluster_resources().get("GPU", 0))
+    if seen < gpus:
+        raise RuntimeError(f"one copy of the model takes {gpus} GPUs (--tensor-parallel) and Ray sees {seen}")
+    return seen // gpus
+
+
+def reward_function(setting: dict[str, Any]) -> Callable[..., Any]:
+    """The function that ``reward.custom_reward_function`` names, with its keywords; a coroutine is run to its end."""
+    function = load_extern_object(setting["path"], setting["name"])
+    if setting["kwargs"]:
+        function = functools.partial(function, **setting["kwargs"])
+    if inspect.iscoroutinefunction(function):
+        return lambda **arguments: asyncio.run(function(**arguments))
+    return function
+
+
+def chat_tokens(tokenizer: Any, messages: list[dict[str, str]], arguments: dict[str, Any]) -> list[int]:
+    """The prompt as verl's agent loop builds it."""
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **arguments
+    )
+
+
+def main(folder: str) -> None:
+    log = RunLog(folder)
+    try:
+        run(Path(folder))
+    except BaseException as error:
+        cause: Any = getattr(error, "cause", None) or error
+        log.event("failed", error=type(cause).__name__, message=str(cause))
+        raise
+    log.event("finished")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,197 @@
+"""From what a person calls a checkpoint to a Hugging Face folder: hub ids, run folders, verl's sharded checkpoints."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cppo_verl.config import ConfigError, has_gpu
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+_STEP = re.compile(r"global_step_(\d+)")
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be found, is incomplete or cannot be merged; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One set of weights."""
+
+    source: str
+    """What was asked for, made exact: a hub id with its revision, or an absolute path."""
+    folder: Path
+    """A Hugging Face folder, or verl's folder of shards (``global_step_N/actor``)."""
+    step: int | None = None
+    """Training step, where verl saved it."""
+    run: Path | None = None
+    """The run folder it belongs to, whose config.yaml says how it was trained and validated."""
+
+    @property
+    def backend(self) -> str | None:
+        """ "fsdp" or "megatron" where the weights are verl's shards, None for a Hugging Face folder."""
+        if _has_weights(self.folder):
+            return None
+        if (self.folder / "fsdp_config.json").is_file():
+            return "fsdp"
+        return "megatron" if any((self.folder / name).is_dir() for name in ("model/dist_ckpt", "dist_ckpt")) else None
+
+    @property
+    def name(self) -> str:
+        """A short name for folders and tables."""
+        return (
+            f"step_{self.step}" if self.step is not None else self.source.partition("@")[0].rstrip("/").split("/")[-1]
+        )
+
+
+def find(text: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint that ``text`` names.
+
+    Args:
+        text: a Hugging Face folder or hub id; a run folder or verl's checkpoint folder (its latest checkpoint);
+            ``global_step_N`` or its ``actor``.
+        revision: commit, tag or branch of a hub id.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    path = Path(text).expanduser()
+    if not path.exists():
+        return _from_hub(text, revision)
+    path = path.absolute()
+    run = _run_of(path)
+    if (path / "checkpoints").is_dir() and not _has_weights(path):
+        path = path / "checkpoints"
+    if (path / _LATEST).is_file():
+        path = path / f"global_step_{(path / _LATEST).read_text().strip()}"
+    step = next((int(found[1]) for part in reversed(path.parts) if (found := _STEP.fullmatch(part))), None)
+    if (path / "actor").is_dir():
+        path = path / "actor"
+    # With actor.checkpoint.save_contents=[...,hf_model] verl has written a whole Hugging Face folder itself.
+    for whole in (path, path / "huggingface", path / "model" / "huggingface"):
+        if _has_weights(whole):
+            return Checkpoint(str(whole), whole, step, run)
+    checkpoint = Checkpoint(str(path), path, step, run)
+    if checkpoint.backend is None:
+        raise CheckpointError(
+            f"{text} holds no model: give a Hugging Face folder (config.json and weights) or hub id, a run folder with "
+            "checkpoints/, or one of verl's global_step_N folders"
+        )
+    return checkpoint
+
+
+def checkpoints_of(run: Path) -> list[Checkpoint]:
+    """Every checkpoint of a run folder, by step.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    folders = sorted(
+        (folder for folder in (run / "checkpoints").glob("global_step_*") if _STEP.fullmatch(folder.name)),
+        key=lambda folder: int(folder.name.removeprefix("global_step_")),
+    )
+    if not folders:
+        raise CheckpointError(f"{run} has no checkpoints/global_step_N: give a run folder that saved some")
+    return [find(str(folder)) for folder in folders]
+
+
+def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None]) -> Path:
+    """The checkpoint as a Hugging Face folder; verl's shards are merged once, into ``global_step_N/merged``.
+
+    verl's merger writes FSDP shards in bfloat16, whatever they were trained in.
+
+    Raises:
+        CheckpointError: shards are missing, or the merger fails.
+    """
+    if checkpoint.backend is None:
+        return checkpoint.folder
+    _check_shards(checkpoint)
+    merged = checkpoint.folder.parent / "merged"
+    if _has_weights(merged) and merged.stat().st_mtime >= _newest(checkpoint.folder):
+        return merged
+    say(f"merging {checkpoint.folder} into {merged}")
+    temporary = Path(tempfile.mkdtemp(prefix=".merging-", dir=checkpoint.folder.parent))
+    try:
+        _merge(checkpoint, temporary)
+        shutil.rmtree(merged, ignore_errors=True)
+        temporary.chmod(0o755)
+        temporary.rename(merged)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return merged
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over names and contents of a model folder's weights, configuration and tokenizer files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model"):
+            digest.update(path.name.encode())
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(next(folder.glob(name), None) for name in _WEIGHTS)
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run folder that ``path`` is or lies in."""
+    files = ("config.yaml", "manifest.json")
+    return next((folder for folder in (path, *path.parents) if all((folder / name).is_file() for name in files)), None)
+
+
+def _newest(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
+
+
+def _check_shards(checkpoint: Checkpoint) -> None:
+    if checkpoint.backend != "fsdp":
+        return
+    ranks = json.loads((checkpoint.folder / "fsdp_config.json").read_text())["world_size"]
+    names = [f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
+    missing = [name for name in names if not (checkpoint.folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder} is incomplete: {', '.join(missing)} missing; use another checkpoint"
+        )
+
+
+def _merge(checkpoint: Checkpoint, target: Path) -> None:
+    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", str(checkpoint.backend)]
+    command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(target)]
+    if checkpoint.backend == "megatron":
+        config = checkpoint.folder / "model" / "huggingface" / "config.json"
+        if config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings"):
+            command.append("--tie-word-embedding")
+    platform = {} if has_gpu() else {"VERL_PLATFORM": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**platform, **os.environ})
+    if done.returncode != 0 or not _has_weights(target):
+        reason = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        raise CheckpointError(f"verl's merger failed on {checkpoint.folder} (exit status {done.returncode}):\n{reason}")
+
+
+def _from_hub(text: str, revision: str | None) -> Checkpoint:
+    if text.startswith(("/", ".", "~")) or text.count("/") != 1:
+        raise CheckpointError(f"{text} does not exist: give a folder, or a hub id like Qwen/Qwen3-1.7B")
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(text, revision=revision))
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{text} is neither a folder here nor to be had from the hub ({type(error).__name__}: {reason})"
+        ) from None
+    return Checkpoint(f"{text}@{folder.name}", folder)  # the cache names the snapshot's folder by its commit
