@@ -79,6 +79,9 @@ def _fill_in_run(config: DictConfig) -> None:
     model = config.actor_rollout_ref.model
     if model.path is not None and Path(model.path).expanduser().exists():
         model.path = str(Path(model.path).expanduser().absolute())
+    reward = config.reward.custom_reward_function
+    if reward.path is not None and not reward.path.startswith("pkg://"):
+        reward.path = _absolute(reward.path)
     for key in ("train_files", "val_files"):
         files = config.data[key]
         if isinstance(files, ListConfig):

@@ -1,7 +1,10 @@
 """Checks of a composed configuration: what cannot work is named before Ray starts or verl is imported."""
 
+import ast
+import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,6 +287,45 @@ def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
     return None, count
 
 
+def _check_reward(config: DictConfig) -> Iterator[str]:
+    key, path = "reward.custom_reward_function", config.reward.custom_reward_function.path
+    if path is None:
+        yield f"{key}.path is not set: give a file with a reward function, or leave it at pkg://cppo_verl.grading"
+    elif path.startswith("pkg://"):
+        module = path.removeprefix("pkg://").replace("/", ".")
+        if not _importable(module):
+            yield f"{key}.path={path}: there is no module {module}"
+    elif not Path(path.removeprefix("file://")).is_file():
+        yield f"{key}.path={path} does not exist"
+    else:
+        yield from _check_reward_file(Path(path.removeprefix("file://")), config.reward.custom_reward_function.name)
+    overlong, longest = config.reward.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
+    if overlong.enable and not 0 < overlong.len <= longest:
+        yield (
+            f"reward.reward_kwargs.overlong_buffer_cfg.len={overlong.len} must be between 1 and "
+            f"data.max_response_length={longest}"
+        )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def _check_reward_file(path: Path, name: str) -> Iterator[str]:
+    """Read, not run: the function may need what only the reward workers have."""
+    try:
+        text = path.read_text()
+        ast.parse(text, str(path))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        yield f"reward.custom_reward_function.path={path} is not Python: {error}"
+        return
+    if not re.search(rf"\b{re.escape(name)}\b", text):
+        yield f"reward.custom_reward_function.name={name}: {path} does not define it"
+
+
 def _check_run(config: DictConfig) -> Iterator[str]:
     name, folder = str(config.run.name), run_folder(config)
     if "/" in name or name in ("", ".", ".."):
@@ -323,5 +365,6 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[str]], ...] = (
     _check_engine,
     _check_model,
     _check_data,
+    _check_reward,
     _check_run,
 )

@@ -17,6 +17,8 @@ from cppo_verl.adapters.topk import IDS, LOG_PROBS
 # Key in a request's SamplingParams.extra_args: how many log-probabilities a token; and in the output's extra_fields.
 TOP_K = "cppo_top_k"
 ROLLOUT_TOPK = "cppo_rollout_topk"
+# Key in the output's extra_fields: the response ended at its longest length.
+TRUNCATED = "truncated"
 
 
 class RolloutTopK(NamedTuple):

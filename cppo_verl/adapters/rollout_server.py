@@ -18,7 +18,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
-from cppo_verl.adapters.agent_loop import ROLLOUT_TOPK, TOP_K, RolloutTopK
+from cppo_verl.adapters.agent_loop import ROLLOUT_TOPK, TOP_K, TRUNCATED, RolloutTopK
 
 
 class TopKLogprobs(Sequence[dict[int, Any]]):
@@ -95,13 +95,14 @@ class TopKLogprobsProcessor(LogprobsProcessor):
 
 
 class TopKServer(vLLMHttpServer):
-    """verl's vLLM server; a request with ``TOP_K`` returns :class:`RolloutTopK` in the output's ``extra_fields``."""
+    """verl's vLLM server, which says more in an output's ``extra_fields``: whether the response was cut off at its
+    longest length (``TRUNCATED``; verl's own stop reason does not tell), and :class:`RolloutTopK` where asked for."""
 
     async def run_server(self, args: argparse.Namespace) -> None:
         # The engine's output handler looks this name up for every new request of this process.
         output_processor.LogprobsProcessor = TopKLogprobsProcessor
         await super().run_server(args)
-        self._arrays: dict[str, RolloutTopK] = {}
+        self._finished: dict[str, dict[str, Any]] = {}
         self._engine_generate = self.engine.generate
         self.engine.generate = self._generate_with_topk
 
@@ -114,9 +115,12 @@ class TopKServer(vLLMHttpServer):
         output = None
         async for output in self._engine_generate(prompt, sampling_params, request_id, *args, **kwargs):
             yield output
-        if k is not None and output is not None and output.outputs:
+        if output is not None and output.outputs:
             completion = output.outputs[0]
-            self._arrays[request_id] = completion.logprobs.arrays(len(completion.token_ids))
+            fields: dict[str, Any] = {TRUNCATED: completion.finish_reason == "length"}
+            if k is not None:
+                fields[ROLLOUT_TOPK] = completion.logprobs.arrays(len(completion.token_ids))
+            self._finished[request_id] = fields
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **request: Any
@@ -124,9 +128,8 @@ class TopKServer(vLLMHttpServer):
         try:
             output = await super().generate(prompt_ids, sampling_params, request_id, **request)
         finally:
-            arrays = self._arrays.pop(request_id, None)
-        if arrays is not None:
-            output.extra_fields[ROLLOUT_TOPK] = arrays
+            fields = self._finished.pop(request_id, {})
+        output.extra_fields.update(fields)
         return output
 
 

@@ -1,5 +1,6 @@
 """verl's synchronous V1 trainer with what CPPO needs: our worker, mask_std_0, per-response seeds, the run's log."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.tracking import Tracking
 
 from cppo_verl.adapters.actor import TrustRegionActorWorker
+from cppo_verl.adapters.agent_loop import TRUNCATED
 from cppo_verl.adapters.seeding import problem_key, response_seed
 from cppo_verl.adapters.topk import IDS, LOG_PROBS
+from cppo_verl.data.sources import AIME
+from cppo_verl.grading import OUTCOMES
 from cppo_verl.run_log import RunLog
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
@@ -110,7 +114,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         metrics = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
         # verl counts a response that could not be generated or graded as wrong; here it is reported as well.
         expected = sum((kwargs.get("expected_acc_counts") or {}).values())
-        return metrics | {"validation/missing_responses": max(expected - len(sample_uids), 0)}
+        return metrics | aime_mean(metrics) | {"validation/missing_responses": max(expected - len(sample_uids), 0)}
 
     def _save_checkpoint(self) -> None:
         # verl logs a step after saving it: after a kill in between, a resumed run would lack this step's metrics.
@@ -133,8 +137,13 @@ class TrustRegionTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
+        extra_fields = _column(batch, "extra_fields")
+        real = [
+            fields for fields, tag in zip(extra_fields, batch.tags, strict=True) if not tag.get("is_padding", False)
+        ]
+        metrics.update(outcome_metrics(real))
         if self.run.mask_std_0:
-            skipped, groups = _zero_variance_rows(batch)
+            skipped, groups = _zero_variance_rows(batch, extra_fields)
             metrics["groups/total"] = groups
             metrics["groups/zero_variance"] = len({batch.keys[row].rsplit("_", 2)[0] for row in skipped})
             if skipped:
@@ -177,9 +186,39 @@ def _sample_number(key: str) -> int:
     return int(key.rsplit("_", 2)[1])
 
 
-def _zero_variance_rows(batch: KVBatchMeta) -> tuple[list[int], int]:
+def outcome_metrics(extra_fields: list[dict[str, Any]]) -> dict[str, float]:
+    """How many responses of a step had each outcome, and the shares that were cut off or gave no answer.
+
+    Outcomes are the ``grade_*`` flags of :func:`cppo_verl.grading.compute_score`; other reward functions may lack them.
+    """
+    metrics = {}
+    verdicts = [fields.get("reward_extra_info", {}) for fields in extra_fields]
+    flags = [name for name in OUTCOMES if name != "right"]
+    if verdicts and all(f"grade_{name}" in verdict for verdict in verdicts for name in flags):
+        counts = {name: sum(verdict[f"grade_{name}"] > 0 for verdict in verdicts) for name in flags}
+        metrics = {f"grading/{name}": counts[name] for name in flags}
+        metrics["grading/right"] = len(verdicts) - sum(counts.values())
+        metrics["grading/no_answer_rate"] = counts["no_answer"] / len(verdicts)
+    truncated = [fields[TRUNCATED] for fields in extra_fields if TRUNCATED in fields]
+    if truncated:
+        metrics["rollout/truncation_rate"] = sum(truncated) / len(truncated)
+    return metrics
+
+
+def aime_mean(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The unweighted mean of AIME24, AIME25 and AIME26 where a validation has all three, named as verl names theirs."""
+    scores = {}
+    for name in metrics:
+        if name.startswith(f"val-core/{AIME[0]}/acc/mean@"):
+            names = [name.replace(AIME[0], benchmark, 1) for benchmark in AIME]
+            if all(other in metrics for other in names):
+                scores[name.replace(AIME[0], "aime_mean", 1)] = float(np.mean([metrics[other] for other in names]))
+    return scores
+
+
+def _zero_variance_rows(batch: KVBatchMeta, extra_fields: list[dict[str, Any]]) -> tuple[list[int], int]:
     """Rows of groups in which every response has the same ``acc`` (padding rows left out), and the number of groups."""
-    accuracy = [_accuracy(extra) for extra in _column(batch, "extra_fields")]
+    accuracy = [_accuracy(extra) for extra in extra_fields]
     groups: dict[str, list[int]] = {}
     for row, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
         if not tag.get("is_padding", False):

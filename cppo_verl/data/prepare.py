@@ -4,12 +4,12 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cppo_verl.data.sources import DataError, Loaded, Problem, load
+from cppo_verl.data.sources import DataError, Problem, load
 from cppo_verl.grading.exact import number
 from cppo_verl.grading.normalize import clean
 
@@ -65,29 +65,47 @@ def normal_gold(answer: str) -> str:
     return str(value) if value is not None and value.denominator == 1 else text or answer.strip()
 
 
-def deduplicate(rows: Iterable[Problem], counts: Counts) -> list[Problem]:
+def distinct(name: str, rows: Iterable[Problem], say: Callable[[str], None]) -> list[tuple[Problem, int]]:
+    """The different (problem, answer) pairs in order, each with its number of rows; tells how many rows were read.
+
+    The hub's DAPO has every problem about a hundred times: nothing else should be done a hundred times.
+    """
+    first: dict[tuple[str, str], list[Any]] = {}
+    for position, row in enumerate(rows, 1):
+        entry = first.setdefault((row.problem, row.answer), [row, 0])
+        entry[1] += 1
+        if position % 200_000 == 0:
+            say(f"{name}: {position:,} rows read")
+    return [(row, count) for row, count in first.values()]
+
+
+def deduplicate(rows: Iterable[tuple[Problem, int]], counts: Counts) -> list[Problem]:
     """The first of every group of equal texts; none of a group whose answers differ.
 
     Problems that differ in signs or markup only share a :func:`fingerprint`; they are duplicates if their answers agree
     too, and different problems otherwise.
+
+    Args:
+        rows: problems, each with the number of rows it stands for.
     """
-    groups: dict[str, list[Problem]] = {}
-    for row in rows:
-        counts.rows += 1
-        groups.setdefault(identity(row.problem), []).append(row)
+    groups: dict[str, list[tuple[Problem, int]]] = {}
+    for row, count in rows:
+        counts.rows += count
+        groups.setdefault(identity(row.problem), []).append((row, count))
     kept, seen = [], set()
     for group in groups.values():
-        if len({row.answer for row in group}) > 1:
-            counts.conflicting += len(group)
-            counts.removed += [{"id": row.id, "reason": "conflicting answers", "answer": row.answer} for row in group]
+        first, total = group[0][0], sum(count for _, count in group)
+        if len({row.answer for row, _ in group}) > 1:
+            counts.conflicting += total
+            counts.removed += [{"id": r.id, "reason": "conflicting answers", "answer": r.answer} for r, _ in group]
             continue
-        key = (fingerprint(group[0].problem), group[0].answer)
+        key = (fingerprint(first.problem), first.answer)
         if key in seen:
-            counts.duplicates += len(group)
+            counts.duplicates += total
             continue
         seen.add(key)
-        counts.duplicates += len(group) - 1
-        kept.append(group[0])
+        counts.duplicates += total - 1
+        kept.append(first)
     return kept
 
 
@@ -105,8 +123,9 @@ def remove_overlaps(rows: list[Problem], held_out: dict[str, list[Problem]], cou
     return kept
 
 
-def cleaned(loaded: Loaded) -> list[Problem]:
-    return [Problem(row.id, unwrap(row.problem), normal_gold(row.answer)) for row in loaded.rows]
+def cleaned(row: Problem) -> Problem:
+    """Without DAPO's instruction, and with the gold as the grader reads it."""
+    return Problem(row.id, unwrap(row.problem), normal_gold(row.answer))
 
 
 def write(path: Path, name: str, rows: Sequence[Problem], template: str) -> str:
@@ -192,7 +211,7 @@ def _one_set(
     say(f"{request.name}: reading {request.source or 'from the hub'}")
     loaded = load(request.name, request.source, revision)
     counts = Counts()
-    rows = deduplicate(cleaned(loaded), counts)
+    rows = deduplicate(((cleaned(row), count) for row, count in distinct(request.name, loaded.rows, say)), counts)
     rows = remove_overlaps(rows, known, counts)
     counts.kept = len(rows)
     content = "\n".join(json.dumps([row.problem, row.answer]) for row in rows)

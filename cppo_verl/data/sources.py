@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ HUB = {
     "math500": HubSource("HuggingFaceH4/MATH-500", "test", "problem", "answer"),
 }
 
+# The benchmarks whose unweighted mean Avg@16 is the paper's score.
+AIME = ("aime24", "aime25", "aime26")
+
 # Names under which files on disk may call the two columns, in order of preference.
 _PROBLEM_COLUMNS = ("problem", "question", "prompt")
 _ANSWER_COLUMNS = ("answer", "reward_model.ground_truth", "ground_truth", "solution")
@@ -47,9 +51,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The rows of one data set, and where they came from (for the manifest)."""
+    """The rows of one data set, to be iterated once, and where they came from (for the manifest)."""
 
-    rows: list[Problem]
+    rows: Iterator[Problem]
     origin: dict[str, str]
 
 
@@ -74,14 +78,15 @@ def load(name: str, source: str | None = None, revision: str | None = None) -> L
 def _load_file(name: str, path: Path) -> Loaded:
     if not path.is_file():
         raise DataError(f"{name}: {path} does not exist")
+    records = _readable(name, path, _parquet(path) if path.suffix == ".parquet" else _json_lines(path))
+    return Loaded(_problems(name, path, records, _PROBLEM_COLUMNS, _ANSWER_COLUMNS), {"file": path.name})
+
+
+def _readable(name: str, path: Path, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     try:
-        records = list(_parquet(path) if path.suffix == ".parquet" else _json_lines(path))
+        yield from records
     except (OSError, ValueError) as error:
         raise DataError(f"{name}: {path} cannot be read: {error}") from None
-    if not records:
-        raise DataError(f"{name}: {path} is empty")
-    problem, answer = (_column(name, path, records[0], names) for names in (_PROBLEM_COLUMNS, _ANSWER_COLUMNS))
-    return Loaded(_problems(name, records, problem, answer), {"file": path.name})
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -124,13 +129,17 @@ def _load_hub(name: str, repository: str | None, revision: str | None) -> Loaded
             f"{name}: {repository} cannot be fetched from the hub ({type(error).__name__}: {reason}); "
             f"on a machine without network give a file: {name}=FILE.jsonl"
         ) from None
-    records = table.to_list()
     problems, answers = _PROBLEM_COLUMNS, _ANSWER_COLUMNS
     if known and repository == known.repository:
         problems, answers = (known.problem,), (known.answer,)
-    problem, answer = (_column(name, repository, records[0], names) for names in (problems, answers))
     origin = {"repository": repository, "revision": resolved, "split": split}
-    return Loaded(_problems(name, records, problem, answer), origin)
+    return Loaded(_problems(name, repository, table_rows(table), problems, answers), origin)
+
+
+def table_rows(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a ``datasets.Dataset``, a few thousand in memory at a time."""
+    for batch in table.with_format("arrow").iter(batch_size=4096):
+        yield from batch.to_pylist()
 
 
 def _column(name: str, origin: object, record: dict[str, Any], candidates: tuple[str, ...]) -> str:
@@ -147,13 +156,17 @@ def _value(record: dict[str, Any], column: str) -> Any:
     return value
 
 
-def _problems(name: str, records: list[dict[str, Any]], problem: str, answer: str) -> list[Problem]:
-    rows = []
-    for number, record in enumerate(records):
+def _problems(
+    name: str, origin: object, records: Iterator[dict[str, Any]], problems: tuple[str, ...], answers: tuple[str, ...]
+) -> Iterator[Problem]:
+    first = next(records, None)
+    if first is None:
+        raise DataError(f"{name}: {origin} is empty")
+    problem, answer = (_column(name, origin, first, names) for names in (problems, answers))
+    for number, record in enumerate(chain([first], records)):
         text, gold = _value(record, problem), _value(record, answer)
         if isinstance(text, list):  # chat messages, as verl's own files have them
             text = "\n".join(str(message.get("content", "")) for message in text if message.get("role") == "user")
         if not str(text or "").strip() or not str("" if gold is None else gold).strip():
             raise DataError(f"{name}: row {number} has an empty {problem if not text else answer}")
-        rows.append(Problem(str(record.get("id", f"{name}-{number}")), str(text), str(gold)))
-    return rows
+        yield Problem(str(record.get("id", f"{name}-{number}")), str(text), str(gold))

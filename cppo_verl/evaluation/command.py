@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cppo_verl.checkpoints import Checkpoint, checkpoints_of, find, fingerprint, hugging_face_folder
 from cppo_verl.config import compose, has_gpu
+from cppo_verl.data.sources import AIME
 from cppo_verl.display import Failure
 from cppo_verl.evaluation import summary
 from cppo_verl.evaluation.samples import (
@@ -26,7 +27,7 @@ from cppo_verl.evaluation.samples import (
     read_questions,
     write_lines,
 )
-from cppo_verl.evaluation.summary import AIME, notes, rich_table, terminal_tables, write_report
+from cppo_verl.evaluation.summary import notes, rich_table, terminal_tables, write_report
 from cppo_verl.launcher import INTERRUPTED, locked, process_environment, supervise
 from cppo_verl.manifest import manifest
 

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from cppo_verl.data.sources import AIME
 from cppo_verl.evaluation import statistics
 from cppo_verl.evaluation.samples import Evaluation, EvaluationError, Sample
 from cppo_verl.grading import OUTCOMES
 from cppo_verl.grading.exact import number
 from cppo_verl.grading.normalize import clean
-
-AIME = ("aime24", "aime25", "aime26")
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:

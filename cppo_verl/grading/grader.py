@@ -18,6 +18,8 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _log = logging.getLogger(__name__)
 _WORD = re.compile(r"[A-Za-z]{2,}(?:[ -][A-Za-z]+)*")
 _NAME = re.compile(r"[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\([A-Za-z]\))?")
+_TUPLE = re.compile(r"[(\[].*,.*[)\]]", re.DOTALL)  # an interval, a point, a union of intervals
+_LETTERS = re.compile(r"[A-Za-z() ]+")
 
 
 class Grade(NamedTuple):
@@ -86,6 +88,9 @@ def _without_algebra(text: str, truth: str, gold: str) -> bool | None:
     if value is not None and truth_value is not None:
         return value == truth_value
     if has_digit_gap(text) or (is_plural(text) and not is_plural(truth)):
+        return False
+    # Comparing a set or a point with one value, or a letter with a number, is what algebra takes longest for.
+    if (_TUPLE.fullmatch(truth) and not is_plural(text)) or (truth_value is not None and _LETTERS.fullmatch(text)):
         return False
     return None
 

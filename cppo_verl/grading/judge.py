@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,7 @@ def judge(gold: str, sides: Sequence[tuple[str, bool]]) -> bool:
     return all(_rounds_to(truth, value, text) if rounded else _same(truth, value) for value, text, rounded in claims)
 
 
+@functools.lru_cache(maxsize=4096)  # the samples of a group share their gold, and many of them their answer
 def _parse(text: str) -> Any:
     """The sympy object of one answer with exact numbers, None where the text is not mathematics."""
     found = parse(f"\\boxed{{{text}}}", [_ONE_BOX], fallback_mode="no_fallback", parsing_timeout=None)

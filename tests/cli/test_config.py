@@ -105,6 +105,24 @@ def test_loss_is_equation_11_whatever_the_micro_batch(base):
     assert (actor.loss_agg_mode, actor.loss_scale_factor) == ("seq-mean-token-sum-norm", 77)
 
 
+def test_a_reward_file_is_read_before_anything_starts(base, tmp_path):
+    key = "reward.custom_reward_function"
+    file = tmp_path / "mine.py"
+    file.write_text("def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n")
+    validate(configuration.compose([*base, f"{key}.path={file}", f"{key}.name=score"]))
+    assert "mine.py does not define it" in refusal([*base, f"{key}.path={file}"])
+    file.write_text("def score(:")
+    assert "mine.py is not Python" in refusal([*base, f"{key}.path={file}"])
+
+
+def test_a_reward_file_is_found_from_the_workers(base, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def compute_score(): ...")
+    monkeypatch.chdir(tmp_path)
+    config = configuration.compose([*base, "reward.custom_reward_function.path=mine.py"])
+    validate(config)
+    assert config.reward.custom_reward_function.path == str(tmp_path / "mine.py")
+
+
 REFUSED = [
     (["method=ppo"], "method=ppo: there is no such method; choose one of cispo, cppo"),
     (["divergence.k=0"], "divergence.k=0: topk_tv needs a number of tokens, 1 or more"),
@@ -118,6 +136,10 @@ REFUSED = [
     (["actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=5"], "is less than divergence.k=20"),
     (["actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"], "only cppo_single_turn asks for"),
     (["actor_rollout_ref.rollout.disaggregation.enabled=true"], "disaggregation.enabled=true: set false"),
+    (["reward.custom_reward_function.path=null"], "custom_reward_function.path is not set"),
+    (["reward.custom_reward_function.path=/no/reward.py"], "/no/reward.py does not exist"),
+    (["reward.custom_reward_function.path=pkg://cppo_verl.rewards"], "there is no module cppo_verl.rewards"),
+    (["reward.reward_kwargs.overlong_buffer_cfg.enable=true"], "overlong_buffer_cfg.len=4096 must be between 1 and"),
     (["distillation.enabled=true"], "distillation.enabled=true: verl's distillation replaces the policy loss"),
     (["divergence=js"], "divergence=js: there is no such divergence; choose one of binary_kl"),
     (["method.detla=0.2"], "method.detla"),

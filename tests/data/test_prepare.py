@@ -9,9 +9,20 @@ import pyarrow.parquet as parquet
 import pytest
 
 from cppo_verl.cli import main
-from cppo_verl.data.prepare import Counts, Request, deduplicate, fingerprint, normal_gold, prepare, unwrap
-from cppo_verl.data.sources import DataError, Problem, load
-from cppo_verl.grading import grade
+from cppo_verl.data.prepare import (
+    TEMPLATES,
+    Counts,
+    Request,
+    cleaned,
+    deduplicate,
+    distinct,
+    fingerprint,
+    normal_gold,
+    prepare,
+    unwrap,
+)
+from cppo_verl.data.sources import DataError, Problem, load, table_rows
+from cppo_verl.grading import compute_score, grade
 from cppo_verl.validation import inspect_data_file
 
 DATA = os.environ.get("CPPO_DATA_DIR")
@@ -86,8 +97,9 @@ def test_golds(gold, normal):
 def test_repeated_rows_of_the_hub_count_once():
     counts = Counts()
     rows = [Problem(str(number), f"problem {number % 3}", "1") for number in range(300)]
-    assert len(deduplicate(rows, counts)) == 3
-    assert counts.duplicates == 297
+    said = []
+    assert len(deduplicate(distinct("dapo", rows, said.append), counts)) == 3
+    assert (counts.rows, counts.duplicates) == (300, 297)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +150,7 @@ def test_public_sets_have_the_known_counts(public):
     assert [sets[name]["kept"] for name in ("aime24", "aime25", "aime26", "math500")] == [30, 30, 30, 500]
     dapo = sets["dapo"]
     assert dapo["rows"] == 17917
-    rows = load("dapo", str(Path(DATA) / "dapo_math_17k.jsonl")).rows
+    rows = list(load("dapo", str(Path(DATA) / "dapo_math_17k.jsonl")).rows)
     assert len({row.problem for row in rows}) == 17290
     assert len({fingerprint(row.problem) for row in rows}) == 16054
     reasons = [removed["reason"] for removed in dapo["removed"] if removed["reason"].startswith("is in ")]
@@ -147,9 +159,47 @@ def test_public_sets_have_the_known_counts(public):
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["aime24", "aime25", "aime26", "dapo"])
-def test_every_gold_is_right_in_its_own_box(public, name):
-    rows = parquet.read_table(public[0] / f"{name}.parquet").to_pylist()
-    golds = {row["reward_model"]["ground_truth"] for row in rows}
-    wrong = [gold for gold in golds if grade(rf"Thus \boxed{{{gold}}}.", gold).outcome != "right"]
+@pytest.mark.parametrize("name", ["aime24", "aime25", "aime26", "math500", "dapo"])
+def test_every_gold_is_right_in_its_own_box_as_verl_loads_it(public, live_assets, name, tmp_path):
+    """Through verl's own data set, with the keys that its reward loop hands to the reward function."""
+    from omegaconf import OmegaConf
+    from transformers import AutoTokenizer
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    tokenizer = AutoTokenizer.from_pretrained(live_assets / "model")
+    options = OmegaConf.create({"cache_dir": str(tmp_path), "filter_overlong_prompts": False})
+    rows = RLHFDataset(str(public[0] / f"{name}.parquet"), tokenizer, options).dataframe
+    assert len(rows) == public[1]["sets"][name]["kept"]
+    wrong = []
+    for row in rows:
+        gold = row["reward_model"]["ground_truth"]
+        text = rf"Step by step, 1 + 1 = 2. Thus \boxed{{{gold}}}."
+        if compute_score(row["data_source"], text, gold, row["extra_info"])["score"] != 1.0:
+            wrong.append(gold)
     assert wrong == []
+
+
+@needs_data
+def test_the_hubs_layout_of_dapo_a_hundred_times_over(tmp_path):
+    """Its columns, its wrapped prompts and each row ten times (the hub: a hundred) keep what the bare rows keep."""
+    import datasets
+
+    rows = [json.loads(line) for line in (Path(DATA) / "dapo_math_17k.jsonl").read_text().splitlines()][:2000]
+    wrapped = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"role": "user", "content": TEMPLATES["answer"].format(problem=row["problem"])}],
+            "reward_model": {"ground_truth": row["answer"], "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": str(number)},
+        }
+        for number, row in enumerate(rows)
+    ] * 10
+    bare = deduplicate(((cleaned(Problem("", r["problem"], r["answer"])), 1) for r in rows), Counts())
+    table = datasets.Dataset.from_list(wrapped)
+    assert sum(1 for _ in table_rows(table)) == len(wrapped)
+    table.to_parquet(tmp_path / "hub.parquet")
+    loaded = load("dapo", str(tmp_path / "hub.parquet"))
+    counts = Counts()
+    kept = deduplicate(((cleaned(row), n) for row, n in distinct("dapo", loaded.rows, print)), counts)
+    assert [(row.problem, row.answer) for row in kept] == [(row.problem, row.answer) for row in bare]
+    assert counts.rows == 20_000

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cppo_verl.cli import main
+from cppo_verl.data.sources import AIME
 from cppo_verl.evaluation import statistics, summary
 from cppo_verl.evaluation.samples import (
     MANIFEST,
@@ -83,8 +84,8 @@ def test_every_number_of_a_report(tmp_path, correct):
         assert entry["tokens"]["max"] == 13
     mean = report["mean"]
     assert mean["label"] == "AIME24/25/26"  # MATH-500 is not part of it
-    assert mean["avg"] == pytest.approx(np.mean([correct[name].mean() for name in summary.AIME]))
-    assert mean["interval"] == list(statistics.mean_question_interval([correct[name] for name in summary.AIME]))
+    assert mean["avg"] == pytest.approx(np.mean([correct[name].mean() for name in AIME]))
+    assert mean["interval"] == list(statistics.mean_question_interval([correct[name] for name in AIME]))
 
 
 def test_rates_of_samples_that_are_not_answers(tmp_path):
@@ -153,7 +154,7 @@ def test_comparison_pairs_questions_whatever_their_order(tmp_path, correct, caps
     for name, (difference, low, high, p_value) in expected.items():
         assert (rows[name]["difference"], rows[name]["low"]) == pytest.approx((difference, low))
         assert (rows[name]["high"], rows[name]["p_value"]) == pytest.approx((high, p_value))
-    assert rows["AIME24/25/26"]["difference"] == pytest.approx(np.mean([expected[n][0] for n in summary.AIME]))
+    assert rows["AIME24/25/26"]["difference"] == pytest.approx(np.mean([expected[n][0] for n in AIME]))
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c.json")]) == 0
     printed = capsys.readouterr().out
     assert f"{100 * rows['math500']['difference']:+.1f}" in printed

@@ -1,5 +1,6 @@
 """The workers: time limits, crowds, deaths, forks and orphans. None of it may turn a right answer into a zero."""
 
+import json
 import os
 import pathlib
 import signal
@@ -9,43 +10,51 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from pressure import HANGS, NEEDS_ALGEBRA, assert_unharmed, pressure
 
 from cppo_verl.grading import grade, pool
 
-HANGS = r"\boxed{\binom{1000000000}{500000000}}"  # one long call into big-integer code, past every cap
-NEEDS_ALGEBRA = r"\boxed{2 \cdot 17}"
 QUESTION = {"gold": "34", "sides": [("2 \\cdot 17", False)]}
 
-BOMBS = {
-    "tower": "9^{9^9}",
-    "power": "2^{10^9}",
-    "factorial": "999999999!",
-    "factorial tower": "((99)!)!",
-    "nested fractions": r"\frac{1}{" * 60 + "1" + "}" * 60,
-    "braces": "{" * 5000 + "}" * 5000,
-    "parentheses": r"\( " * 3000,
-    "dollars": "$ " * 150,
-    "polynomial": "(x+1)^{500}(x-1)^{500}",
-    "trig product": r"\sin(1)^{99}\cos(2)^{99}\tan(3)^{99}",
-    "powers in brackets": "((((10^{9999})^{9999})^{9999})^{9999})",
-    "binomial": r"\binom{1000000000}{500000000}",
-}
+ROOT = pathlib.Path(pool.__file__).parents[2]
 
 
-@pytest.mark.parametrize("answer", BOMBS.values(), ids=BOMBS.keys())
-def test_a_bomb_ends_within_the_limit_and_scores_nothing(answer):
-    grade(NEEDS_ALGEBRA, "34")  # a worker is up: starting one is not part of the limit
-    started = time.monotonic()
-    assert grade(f"\\boxed{{{answer}}}", "34", timeout=1.0).outcome != "right"
-    assert time.monotonic() - started < 2.0
+def test_hostile_answers_harm_nobody():
+    """No call over its limit plus a second, no innocent answer lost in the crowd, the pool alive after its workers."""
+    assert_unharmed(pressure())
 
 
-def test_right_answers_behind_hanging_ones_stay_right():
-    with ThreadPoolExecutor(16) as threads:
-        hanging = [threads.submit(grade, HANGS, "34", timeout=0.5) for _ in range(3 * pool.MAX_WORKERS)]
-        innocent = [threads.submit(grade, NEEDS_ALGEBRA, "34", timeout=2.0) for _ in range(8)]
-        assert [job.result().outcome for job in innocent] == ["right"] * 8
-        assert {job.result().outcome for job in hanging} == {"timeout"}
+def test_hostile_answers_harm_nobody_in_ray_actors():
+    """Two reward workers of one node, each with threads of its own."""
+    import ray
+
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    try:
+        path = str(pathlib.Path(__file__).parent)
+
+        @ray.remote(runtime_env={"env_vars": {"PYTHONPATH": path}})
+        def reward_worker():
+            from pressure import pressure
+
+            return pressure()
+
+        for result in ray.get([reward_worker.remote() for _ in range(2)], timeout=180):
+            assert_unharmed(result)
+    finally:
+        ray.shutdown()
+
+
+def test_hostile_answers_harm_nobody_with_gmpy2(tmp_path):
+    """sympy computes with GMP where gmpy2 is installed; no Python signal interrupts that."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "gmpy2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode != 0:
+        pytest.skip(f"gmpy2 cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ground = [sys.executable, "-c", "from sympy.external.gmpy import GROUND_TYPES; print(GROUND_TYPES)"]
+    assert subprocess.check_output(ground, env=environment, text=True).strip() == "gmpy"
+    script = pathlib.Path(__file__).with_name("pressure.py")
+    assert_unharmed(json.loads(subprocess.check_output([sys.executable, str(script)], env=environment, text=True)))
 
 
 def test_replies_are_not_mixed_up_between_threads():
@@ -114,8 +123,7 @@ def test_a_busy_worker_does_not_outlive_its_killed_parent():
         print(*[worker._process.pid for worker in pool._pool._workers], flush=True)
         grade({HANGS!r}, "34", timeout=1.0)
     """
-    root = pathlib.Path(pool.__file__).parents[2]
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True)
     worker = int(parent.stdout.readline())
     time.sleep(0.3)
     parent.kill()

@@ -125,11 +125,3 @@ def test_no_gold_of_math500_is_right_for_another_problem():
     pairs = [(golds[i], golds[(7 * i + 3) % len(golds)]) for i in range(len(golds))]
     outcomes = [(a, g, grade(f"\\boxed{{{a}}}", g).outcome) for a, g in pairs if a != g]
     assert [row for row in outcomes if row[2] != "wrong"] == []
-
-
-def test_no_public_false_verdict_is_called_right():
-    """Only the false ones: the true ones of the public suites include what this grader refuses by rule (10 for 10%)."""
-    rows = [row for name in ("mario_is_equiv", "nemo_skills_math_equal") for row in _rows(f"grading/{name}")]
-    false = [(row["pred"], row["gold"]) for row in rows if not row["expected"]]
-    assert len(false) > 10
-    assert [pair for pair in false if grade(f"\\boxed{{{pair[0]}}}", pair[1]).outcome == "right"] == []
