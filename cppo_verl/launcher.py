@@ -1,6 +1,5 @@
 """Starts a training process, shows its progress, and leaves nothing running when it ends, however it ends."""
 
-import ctypes
 import fcntl
 import json
 import os
@@ -17,6 +16,7 @@ from typing import IO, Any
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
+from cppo_verl import lifeline
 from cppo_verl.config import run_folder
 from cppo_verl.display import RunDisplay
 from cppo_verl.manifest import manifest
@@ -24,10 +24,6 @@ from cppo_verl.run_log import EVENTS, METRICS
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
 _RUN_TAG = "CPPO_RUN_TAG"
-
-# Linux; loaded here, because a new process must not import.
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 # Exit status of a run that was interrupted (the shell's for SIGINT).
 INTERRUPTED = 130
@@ -152,13 +148,8 @@ def _start(module: str, folder: Path, log: IO[bytes], environment: dict[str, str
         stderr=log,
         env=environment,
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=lifeline.tie,
     )
-
-
-def _end_with_parent() -> None:
-    """In the new process: SIGTERM when the launcher is gone, so that a launcher killed with SIGKILL leaves nothing."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _follow(process: subprocess.Popen[bytes], folder: Path, lines: Path, display: Any) -> int:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import ray
 from verl.utils.import_utils import load_extern_object
 
+from cppo_verl import lifeline
 from cppo_verl.adapters.seeding import problem_key, response_seed
 from cppo_verl.evaluation.samples import SAMPLES, Evaluation, Question, Sample, grade_sample, write_lines
 from cppo_verl.run_log import RunLog
@@ -142,13 +144,29 @@ def run(folder: Path) -> None:
             for output in ray.get(reference):
                 writer.add(*missing[output["id"]], seeds[output["id"]], output)
 
-    with ThreadPoolExecutor(len(actors)) as threads:
-        # Neighbouring samples share a prompt; dealing them out gives every replica the same mixture of questions.
-        shares = [requests[position :: len(actors)] for position in range(len(actors))]
-        done = [threads.submit(collect, actor, share) for actor, share in zip(actors, shares, strict=True)]
+    # Neighbouring samples share a prompt; dealing them out gives every replica the same mixture of questions.
+    failures = _side_by_side(
+        [functools.partial(collect, actor, requests[place :: len(actors)]) for place, actor in enumerate(actors)]
+    )
     writer.close()
-    for future in done:  # after every replica has delivered what it could
-        future.result()
+    if failures:
+        raise failures[0]
+
+
+def _side_by_side(jobs: list[Callable[[], None]]) -> list[BaseException]:
+    """Run the jobs on threads, each to its end; what they raised. A signal ends the wait, and with it the process."""
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def run_one(job: Callable[[], None]) -> None:
+        try:
+            job()
+            ended.put(None)
+        except BaseException as error:
+            ended.put(error)
+
+    for job in jobs:
+        threading.Thread(target=run_one, args=(job,), daemon=True).start()
+    return [error for error in (ended.get() for _ in jobs) if error is not None]
 
 
 def _replicas(gpus: int) -> int:
@@ -179,6 +197,7 @@ def chat_tokens(tokenizer: Any, messages: list[dict[str, str]], arguments: dict[
 
 
 def main(folder: str) -> None:
+    lifeline.heed()
     log = RunLog(folder)
     try:
         run(Path(folder))

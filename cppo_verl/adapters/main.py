@@ -13,6 +13,7 @@ from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
+from cppo_verl import lifeline
 from cppo_verl.adapters import compat, cpu_platform
 from cppo_verl.run_log import RunLog
 
@@ -67,6 +68,7 @@ def train(config: DictConfig, runner: Any = TaskRunner) -> None:
 
 def run(folder: str, runner: Any = TaskRunner) -> None:
     """Train what RUN_FOLDER/config.yaml says; the outcome is the last event of the folder."""
+    lifeline.heed()
     log = RunLog(folder)
     log.event("starting Ray")
     try:

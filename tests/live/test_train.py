@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pandas
 import psutil
 import pytest
 import torch
 
+from cppo_verl.data.sources import AIME
 from cppo_verl.run_log import read_metrics
 
 pytestmark = pytest.mark.live
@@ -158,29 +160,70 @@ def wait_for(condition, seconds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("refill", ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc"]),
-        (
-            "terms",
-            ["actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.entropy_coeff=0.01"],
-        ),
-    ],
-    ids=["verl's refilling filter", "verl's KL and entropy terms"],
-)
-def test_verls_own_options_train(overrides, tmp_path, name, settings):
-    done = subprocess.run(
-        [CPPO, "train", *overrides, *settings, f"run.dir={tmp_path}", f"run.name={name}"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def test_verls_refilling_filter_trains(overrides, tmp_path):
+    settings = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc"]
+    lines = trained(overrides, settings, tmp_path / "refill")
+    assert all(line["groups/zero_variance"] == 0 for line in lines.values())
+
+
+@pytest.fixture(scope="module")
+def with_every_term(overrides, live_assets, tmp_path_factory):
+    """KL loss, entropy bonus, rewards shaped by length, and validation on three sets named like AIME."""
+    folder = tmp_path_factory.mktemp("terms")
+    rows = pandas.read_parquet(live_assets / "heldout.parquet")
+    files = []
+    for number, name in enumerate(AIME):
+        files.append(str(folder / f"{name}.parquet"))
+        rows[number : number + 2].assign(data_source=name).to_parquet(files[-1])
+    settings = [
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.actor.entropy_coeff=0.01",
+        "reward.reward_kwargs.overlong_buffer_cfg.enable=true",
+        "reward.reward_kwargs.overlong_buffer_cfg.len=30",
+        f"data.val_files=[{','.join(files)}]",
+        "trainer.test_freq=2",
+        "trainer.rollout_data_dir=" + str(folder / "rollouts"),
+    ]
+    return trained(overrides, settings, folder / "run"), folder
+
+
+@pytest.mark.slow
+def test_validation_reports_the_mean_of_the_aime_sets(with_every_term):
+    line = with_every_term[0][2]
+    scores = [line[f"val-core/{name}/acc/mean@16"] for name in AIME]
+    assert line["val-core/aime_mean/acc/mean@16"] == pytest.approx(sum(scores) / 3)
+    assert len(set(scores)) > 1
+
+
+@pytest.mark.slow
+def test_overlong_responses_cost_what_dapo_says_and_leave_acc_alone(with_every_term):
+    """Longest 40, buffer 30: beyond 10 tokens a response loses (length - 10) / 30."""
+    lines, folder = with_every_term
+    samples = [json.loads(text) for path in (folder / "rollouts").glob("*.jsonl") for text in path.open()]
+    shaped = [sample for sample in samples if sample["overlong"]]
+    assert len(shaped) > 10
+    for sample in samples:
+        assert sample["score"] == pytest.approx(sample["acc"] + sample["overlong_reward"], abs=1e-6)
+        assert -1.0 <= sample["overlong_reward"] <= 0.0
+        assert sample["acc"] in (0.0, 1.0)
+    assert min(sample["overlong_reward"] for sample in samples) == pytest.approx(-1.0)
+    # Groups with one acc and many lengths have many scores; mask_std_0 skips them all the same.
+    groups = {}
+    for sample in samples:
+        groups.setdefault((sample["step"], sample["uid"].rsplit("_", 2)[0]), []).append(sample)
+    constant = [group for group in groups.values() if len({sample["acc"] for sample in group}) == 1]
+    assert any(len({sample["score"] for sample in group}) > 1 for group in constant)
+    assert sum(line["groups/zero_variance"] for line in lines.values()) == len(constant)
+
+
+def trained(overrides, settings, folder):
+    """The metrics of a short run in ``folder``."""
+    command = [CPPO, "train", *overrides, *settings, f"run.dir={folder.parent}", f"run.name={folder.name}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = read_metrics(tmp_path / name)
+    lines = read_metrics(folder)
     assert sorted(lines) == [1, 2]
-    if name == "refill":
-        assert all(line["groups/zero_variance"] == 0 for line in lines.values())
+    return lines
 
 
 @pytest.mark.slow

@@ -1,0 +1,26 @@
+"""A process that the launcher starts ends in order when the launcher is gone, even if that was killed with SIGKILL."""
+
+import ctypes
+import signal
+import sys
+from typing import Any
+
+# Linux; loaded here, because a forked process must not import. Not SIGTERM, whose handler Ray sets itself.
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+_SIGNAL = signal.SIGUSR1
+
+
+def tie() -> None:
+    """In the new process, before it becomes another program: have the kernel signal the death of its parent."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, _SIGNAL)
+
+
+def heed() -> None:
+    """In the started program: leave by SystemExit when the signal comes, so that Ray stops what it has started."""
+
+    def leave(*_: Any) -> None:
+        signal.signal(_SIGNAL, signal.SIG_IGN)  # the kernel sends it once for every thread of the parent
+        sys.exit(128 + _SIGNAL)
+
+    signal.signal(_SIGNAL, leave)
