@@ -1,5 +1,6 @@
 """From what a person calls a checkpoint to a Hugging Face folder: hub ids, run folders, verl's sharded checkpoints."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -7,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ class Checkpoint:
     """What was asked for, made exact: a hub id with its revision, or an absolute path."""
     folder: Path
     """A Hugging Face folder, or verl's folder of shards (``global_step_N/actor``)."""
+    folder_name: str
+    """The model's own name: the last part of its hub id or path."""
     step: int | None = None
     """Training step, where verl saved it."""
     run: Path | None = None
@@ -43,14 +45,12 @@ class Checkpoint:
             return None
         if (self.folder / "fsdp_config.json").is_file():
             return "fsdp"
-        return "megatron" if any((self.folder / name).is_dir() for name in ("model/dist_ckpt", "dist_ckpt")) else None
+        return "megatron" if (self.folder / "model" / "dist_ckpt").is_dir() else None
 
     @property
     def name(self) -> str:
         """A short name for folders and tables."""
-        return (
-            f"step_{self.step}" if self.step is not None else self.source.partition("@")[0].rstrip("/").split("/")[-1]
-        )
+        return self.folder_name if self.step is None else f"step_{self.step}"
 
 
 def find(text: str, revision: str | None = None) -> Checkpoint:
@@ -79,8 +79,8 @@ def find(text: str, revision: str | None = None) -> Checkpoint:
     # With actor.checkpoint.save_contents=[...,hf_model] verl has written a whole Hugging Face folder itself.
     for whole in (path, path / "huggingface", path / "model" / "huggingface"):
         if _has_weights(whole):
-            return Checkpoint(str(whole), whole, step, run)
-    checkpoint = Checkpoint(str(path), path, step, run)
+            return Checkpoint(str(whole), whole, whole.name, step, run)
+    checkpoint = Checkpoint(str(path), path, path.name, step, run)
     if checkpoint.backend is None:
         raise CheckpointError(
             f"{text} holds no model: give a Hugging Face folder (config.json and weights) or hub id, a run folder with "
@@ -89,8 +89,8 @@ def find(text: str, revision: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def checkpoints_of(run: Path) -> list[Checkpoint]:
-    """Every checkpoint of a run folder, by step.
+def checkpoints_of(run: Path, say: Callable[[str], None]) -> list[Checkpoint]:
+    """Every checkpoint of a run folder, by step; told and left out: those whose weights verl has removed or not saved.
 
     Raises:
         CheckpointError: it has none.
@@ -99,12 +99,20 @@ def checkpoints_of(run: Path) -> list[Checkpoint]:
         (folder for folder in (run / "checkpoints").glob("global_step_*") if _STEP.fullmatch(folder.name)),
         key=lambda folder: int(folder.name.removeprefix("global_step_")),
     )
-    if not folders:
-        raise CheckpointError(f"{run} has no checkpoints/global_step_N: give a run folder that saved some")
-    return [find(str(folder)) for folder in folders]
+    found = []
+    for folder in folders:
+        try:
+            checkpoint = find(str(folder))
+            _check_shards(checkpoint)
+            found.append(checkpoint)
+        except CheckpointError as error:
+            say(f"left out: {error}")
+    if not found or found[0].run is None:
+        raise CheckpointError(f"{run} is not a run folder with checkpoints/global_step_N: give one that saved some")
+    return found
 
 
-def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None]) -> Path:
+def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None], trust_remote_code: bool = False) -> Path:
     """The checkpoint as a Hugging Face folder; verl's shards are merged once, into ``global_step_N/merged``.
 
     verl's merger writes FSDP shards in bfloat16, whatever they were trained in.
@@ -116,17 +124,17 @@ def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None]) -> P
         return checkpoint.folder
     _check_shards(checkpoint)
     merged = checkpoint.folder.parent / "merged"
-    if _has_weights(merged) and merged.stat().st_mtime >= _newest(checkpoint.folder):
-        return merged
-    say(f"merging {checkpoint.folder} into {merged}")
-    temporary = Path(tempfile.mkdtemp(prefix=".merging-", dir=checkpoint.folder.parent))
-    try:
-        _merge(checkpoint, temporary)
+    with open(checkpoint.folder.parent / ".merge.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two evaluations of one checkpoint merge it once
+        if _has_weights(merged) and merged.stat().st_mtime >= _newest(checkpoint.folder):
+            return merged
+        say(f"merging {checkpoint.folder} into {merged}")
+        temporary = checkpoint.folder.parent / ".merging"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a merger that was killed
+        temporary.mkdir()
+        _merge(checkpoint, temporary, trust_remote_code)
         shutil.rmtree(merged, ignore_errors=True)
-        temporary.chmod(0o755)
         temporary.rename(merged)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return merged
 
 
@@ -168,18 +176,25 @@ def _check_shards(checkpoint: Checkpoint) -> None:
         )
 
 
-def _merge(checkpoint: Checkpoint, target: Path) -> None:
+def _merge(checkpoint: Checkpoint, target: Path, trust_remote_code: bool) -> None:
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", str(checkpoint.backend)]
     command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(target)]
     if checkpoint.backend == "megatron":
         config = checkpoint.folder / "model" / "huggingface" / "config.json"
         if config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings"):
             command.append("--tie-word-embedding")
+    if trust_remote_code:
+        command.append("--trust-remote-code")
     platform = {} if has_gpu() else {"VERL_PLATFORM": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env={**platform, **os.environ})
     if done.returncode != 0 or not _has_weights(target):
         reason = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
         raise CheckpointError(f"verl's merger failed on {checkpoint.folder} (exit status {done.returncode}):\n{reason}")
+    if (target / "lora_adapter").is_dir():
+        raise CheckpointError(
+            f"{checkpoint.folder} holds a LoRA adapter, which verl's merger saves beside the base model, not into it: "
+            "merge the two with peft, and give the resulting folder"
+        )
 
 
 def _from_hub(text: str, revision: str | None) -> Checkpoint:
@@ -194,4 +209,6 @@ def _from_hub(text: str, revision: str | None) -> Checkpoint:
         raise CheckpointError(
             f"{text} is neither a folder here nor to be had from the hub ({type(error).__name__}: {reason})"
         ) from None
-    return Checkpoint(f"{text}@{folder.name}", folder)  # the cache names the snapshot's folder by its commit
+    return Checkpoint(
+        f"{text}@{folder.name}", folder, text.split("/")[1]
+    )  # the cache names the snapshot's folder by its commit

@@ -204,7 +204,11 @@ def _refusing(command: str, action: Callable[[], int]) -> int:
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"cppo {command}: {line}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"cppo {command}: {error.strerror}: {error.filename}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 2
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -172,7 +172,7 @@ class _Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset = path.stat().st_size if path.exists() else 0
+        self.offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
         self.identity = path.stat().st_ino if path.exists() else None
 
     def new(self) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,19 @@ from verl.utils.import_utils import load_extern_object
 
 from cppo_verl import lifeline
 from cppo_verl.adapters.seeding import problem_key, response_seed
-from cppo_verl.evaluation.samples import SAMPLES, Evaluation, Question, Sample, grade_sample, write_lines
+from cppo_verl.evaluation.samples import (
+    SAMPLES,
+    Evaluation,
+    EvaluationError,
+    Question,
+    Sample,
+    grade_sample,
+    write_lines,
+)
 from cppo_verl.run_log import RunLog
 
 _GRADING_THREADS = 8
+_LOADING_LIMIT = 3600  # seconds until every copy of the model is loaded
 
 
 @ray.remote(max_concurrency=1)
@@ -34,8 +43,7 @@ class Replica:
     """One copy of the model."""
 
     def __init__(self, engine: dict[str, Any]) -> None:
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm import EngineArgs, LLMEngine
 
         self.engine = LLMEngine.from_engine_args(EngineArgs(**engine))
 
@@ -73,7 +81,6 @@ class SampleWriter:
         self._file = open(path, "a")  # noqa: SIM115
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_GRADING_THREADS)
-        self._grading: list[Future[None]] = []
 
     def add(self, question: Question, number: int, seed: int, output: dict[str, Any]) -> None:
         # Decoded as verl does for the reward: one text for training, validation and evaluation.
@@ -89,14 +96,12 @@ class SampleWriter:
             outcome="",
             answer=None,
         )
-        self._grading.append(self._threads.submit(self._grade, sample, question))
+        self._threads.submit(self._grade, sample, question)
 
     def close(self) -> None:
-        """Wait for the last verdict. Raises what a reward function raised."""
+        """Wait for the last verdict."""
         self._threads.shutdown(wait=True)
         self._file.close()
-        for graded in self._grading:
-            graded.result()
 
     def _grade(self, sample: Sample, question: Question) -> None:
         line = json.dumps(asdict(grade_sample(sample, question, self.reward))) + "\n"
@@ -114,6 +119,7 @@ def run(folder: Path) -> None:
     settings, engine = evaluation.manifest["settings"], dict(evaluation.manifest["attempts"][-1]["engine"])
     decoding = {name: value for name, value in settings["decoding"].items() if name not in ("n", "seed", "dtype")}
     gpus = engine.pop("gpus_per_replica")
+    reward = reward_function(settings["reward"])
     tokenizer = AutoTokenizer.from_pretrained(engine["model"], trust_remote_code=engine["trust_remote_code"])
 
     prompts = {
@@ -130,13 +136,23 @@ def run(folder: Path) -> None:
         requests.append((name, prompts[question.benchmark, question.id], seed))
 
     log.event("starting Ray")
-    ray.init(include_dashboard=False, **({} if gpus or "RAY_ADDRESS" in os.environ else {"num_gpus": 0}))
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+    else:
+        ray.init(address="local", include_dashboard=False, **({} if gpus else {"num_gpus": 0}))
     count = min(_replicas(gpus), len(requests))
     log.event("loading the model", replicas=count)
     actors = [Replica.options(num_cpus=1, num_gpus=gpus).remote(engine) for _ in range(count)]
-    ray.get([actor.ready.remote() for actor in actors])
+    loaded = [actor.ready.remote() for actor in actors]
+    _, waiting = ray.wait(loaded, num_returns=count, timeout=_LOADING_LIMIT)
+    if waiting:
+        raise RuntimeError(
+            f"{len(waiting)} of {count} copies of the model did not load within {_LOADING_LIMIT // 60} minutes: "
+            "are the GPUs that Ray sees taken by another job?"
+        )
+    ray.get(loaded)
     log.event("generating")
-    writer = SampleWriter(evaluation, tokenizer, reward_function(settings["reward"]))
+    writer = SampleWriter(evaluation, tokenizer, reward)
     seeds = {name: seed for name, _, seed in requests}
 
     def collect(actor: Any, share: list[tuple[str, list[int], int]]) -> None:
@@ -173,15 +189,19 @@ def _replicas(gpus: int) -> int:
     """How many copies of the model fit the GPUs that Ray sees; one without GPUs."""
     if not gpus:
         return 1
-    seen = int(ray.cluster_resources().get("GPU", 0))
-    if seen < gpus:
-        raise RuntimeError(f"one copy of the model takes {gpus} GPUs (--tensor-parallel) and Ray sees {seen}")
-    return seen // gpus
+    nodes = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    fit = sum(seen // gpus for seen in nodes)
+    if fit == 0:
+        raise RuntimeError(f"one copy of the model takes {gpus} GPUs of one node (--tensor-parallel); Ray sees {nodes}")
+    return fit
 
 
 def reward_function(setting: dict[str, Any]) -> Callable[..., Any]:
     """The function that ``reward.custom_reward_function`` names, with its keywords; a coroutine is run to its end."""
-    function = load_extern_object(setting["path"], setting["name"])
+    try:
+        function = load_extern_object(setting["path"], setting["name"])
+    except Exception as error:
+        raise EvaluationError(f"the reward function of {setting['path']} cannot be loaded: {error}") from None
     if setting["kwargs"]:
         function = functools.partial(function, **setting["kwargs"])
     if inspect.iscoroutinefunction(function):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,16 +54,27 @@ def fingerprint(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
+def comparison_key(text: str) -> str:
+    """The :func:`fingerprint`; for a text in another script, of which it would leave little, the :func:`identity`."""
+    latin = fingerprint(text)
+    return latin if 2 * len(latin) >= sum(map(str.isalnum, text)) else identity(text)
+
+
 def identity(text: str) -> str:
     """A problem's text without differences in Unicode form and white space."""
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def normal_gold(answer: str) -> str:
-    """A gold as the grader reads it: integers without zero-padding, degree signs, dollars, thousands separators."""
+    """A gold as the grader reads it: integers without zero-padding, degree signs, dollars, thousands separators.
+
+    Words keep their markup, which tells the grader that they are words: `east` could be a product.
+    """
     text = clean(answer)
     value = None if "%" in text else number(text)
-    return str(value) if value is not None and value.denominator == 1 else text or answer.strip()
+    if value is not None and value.denominator == 1:
+        return str(value)
+    return answer.strip() if not text or re.fullmatch(r"[A-Za-z ()-]+", text) else text
 
 
 def distinct(name: str, rows: Iterable[Problem], say: Callable[[str], None]) -> list[tuple[Problem, int]]:
@@ -82,8 +94,8 @@ def distinct(name: str, rows: Iterable[Problem], say: Callable[[str], None]) -> 
 def deduplicate(rows: Iterable[tuple[Problem, int]], counts: Counts) -> list[Problem]:
     """The first of every group of equal texts; none of a group whose answers differ.
 
-    Problems that differ in signs or markup only share a :func:`fingerprint`; they are duplicates if their answers agree
-    too, and different problems otherwise.
+    Problems that differ in signs or markup only share a :func:`comparison_key`; they are duplicates if their answers
+    agree too, and different problems otherwise.
 
     Args:
         rows: problems, each with the number of rows it stands for.
@@ -99,7 +111,7 @@ def deduplicate(rows: Iterable[tuple[Problem, int]], counts: Counts) -> list[Pro
             counts.conflicting += total
             counts.removed += [{"id": r.id, "reason": "conflicting answers", "answer": r.answer} for r, _ in group]
             continue
-        key = (fingerprint(first.problem), first.answer)
+        key = (comparison_key(first.problem), first.answer)
         if key in seen:
             counts.duplicates += total
             continue
@@ -110,11 +122,11 @@ def deduplicate(rows: Iterable[tuple[Problem, int]], counts: Counts) -> list[Pro
 
 
 def remove_overlaps(rows: list[Problem], held_out: dict[str, list[Problem]], counts: Counts) -> list[Problem]:
-    """``rows`` without the problems of the evaluation sets, compared by :func:`fingerprint`."""
-    known = {fingerprint(row.problem): f"{name} {row.id}" for name, problems in held_out.items() for row in problems}
+    """``rows`` without the problems of the evaluation sets, compared by :func:`comparison_key`."""
+    known = {comparison_key(row.problem): f"{name} {row.id}" for name, problems in held_out.items() for row in problems}
     kept = []
     for row in rows:
-        match = known.get(fingerprint(row.problem))
+        match = known.get(comparison_key(row.problem))
         if match is None:
             kept.append(row)
         else:
@@ -189,34 +201,41 @@ def prepare(
     entries: dict[str, Any] = {}
     evaluation: dict[str, list[Problem]] = {}
     for request in held_out:
-        entries[request.name], evaluation[request.name] = _one_set(request, revision, say, "evaluation", {})
+        entries[request.name], evaluation[request.name] = _one_set(request, template, revision, say, "evaluation", {})
     taken = dict(evaluation)
     prepared = dict(evaluation)
     for request in train:
-        entries[request.name], rows = _one_set(request, revision, say, "training", taken)
+        entries[request.name], rows = _one_set(request, template, revision, say, "training", taken)
         taken[request.name] = prepared[request.name] = rows
     for name, rows in prepared.items():
         if not rows:
             raise DataError(f"{name}: no problem is left")
         entries[name]["sha256"] = write(out / f"{name}.parquet", name, rows, template)
         say(f"{name}: wrote {out / name}.parquet")
-    manifest = {"template": template, "prompt": TEMPLATES[template], "sets": dict(sorted(entries.items()))}
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    return manifest
+    manifest = out / "manifest.json"
+    known = json.loads(manifest.read_text())["sets"] if manifest.exists() else {}
+    content = {"sets": {**known, **entries}}  # sets that an earlier command has put into the same folder stay known
+    manifest.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return {"sets": entries}
 
 
 def _one_set(
-    request: Request, revision: str | None, say: Any, role: str, known: dict[str, list[Problem]]
+    request: Request, template: str, revision: str | None, say: Any, role: str, known: dict[str, list[Problem]]
 ) -> tuple[dict[str, Any], list[Problem]]:
     say(f"{request.name}: reading {request.source or 'from the hub'}")
     loaded = load(request.name, request.source, revision)
     counts = Counts()
     rows = deduplicate(((cleaned(row), count) for row, count in distinct(request.name, loaded.rows, say)), counts)
     rows = remove_overlaps(rows, known, counts)
+    repeated = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
+    if repeated:
+        raise DataError(f"{request.name}: two problems have the id {repeated[0]}; make ids unique, or leave them out")
     counts.kept = len(rows)
     content = "\n".join(json.dumps([row.problem, row.answer]) for row in rows)
     entry = {
         "role": role,
+        "template": template,
+        "prompt": TEMPLATES[template],
         "origin": loaded.origin,
         "content_sha256": hashlib.sha256(content.encode()).hexdigest(),
         **asdict(counts),

@@ -169,4 +169,5 @@ def _problems(
             text = "\n".join(str(message.get("content", "")) for message in text if message.get("role") == "user")
         if not str(text or "").strip() or not str("" if gold is None else gold).strip():
             raise DataError(f"{name}: row {number} has an empty {problem if not text else answer}")
-        yield Problem(str(record.get("id", f"{name}-{number}")), str(text), str(gold))
+        own = record.get("id")
+        yield Problem(f"{name}-{number}" if own is None else str(own), str(text), str(gold))

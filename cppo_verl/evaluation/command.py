@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -63,6 +64,10 @@ class Options:
     """Commit, tag or branch of a hub id."""
 
 
+def _say(text: str) -> None:
+    _console.print(text, soft_wrap=True)
+
+
 def evaluate(text: str, options: Options, command: list[str]) -> int:
     """``cppo eval CHECKPOINT``; returns the exit status."""
     return _evaluate(find(text, options.revision), options, command)
@@ -77,7 +82,7 @@ def evaluate_all(text: str, options: Options, command: list[str]) -> int:
     if options.out:
         raise EvaluationError("--out names the folder of one evaluation; with --all they stand in RUN/eval")
     rows: list[dict[str, Any]] = []
-    for checkpoint in checkpoints_of(run):
+    for checkpoint in checkpoints_of(run, _say):
         status = _evaluate(checkpoint, options, command)
         if status:
             return status
@@ -125,16 +130,19 @@ def _evaluate(checkpoint: Checkpoint, options: Options, command: list[str]) -> i
     with locked(folder) as free:
         if not free:
             return 2
-        model = hugging_face_folder(checkpoint, lambda text: _console.print(text, soft_wrap=True))
+        remote_code = bool(config.actor_rollout_ref.model.get("trust_remote_code", False))
+        model = hugging_face_folder(checkpoint, _say, remote_code)
         settings = _settings(checkpoint, model, questions, options, config)
-        engine = _engine(model, options, config)
+        # verl's default of two GPUs a copy is for training; a run has chosen its own.
+        parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size if checkpoint.run else 1
+        engine = _engine(model, options.tensor_parallel or parallel, config)
         _check_length(model, settings["decoding"]["max_tokens"])
-        evaluation = _open(folder, settings, questions, {**manifest(command), "engine": engine})
+        evaluation = _open(folder, settings, questions)
         if evaluation.missing():
-            status = _sample(evaluation, engine)
+            status = _sample(evaluation, {**manifest(command), "engine": engine})
             if status:
                 return status
-        return report(folder)
+        return _report(folder)
 
 
 def _run_config(checkpoint: Checkpoint) -> DictConfig:
@@ -193,11 +201,12 @@ def _settings(
         "model": {"source": checkpoint.source, "name": checkpoint.name, "sha256": fingerprint(model)},
         "questions": _content_hashes(questions),
         "decoding": decoding,
-        "chat": {"arguments": arguments, "template_sha256": _template_hash(model)},
+        "chat": {"arguments": arguments, "template_sha256": _template_hash(model, config)},
         "reward": {
             "path": function.path,
             "name": function.name,
             "kwargs": OmegaConf.to_container(function.get("reward_kwargs") or OmegaConf.create()),
+            "sha256": _file_hash(function.path),
         },
     }
 
@@ -211,20 +220,30 @@ def _content_hashes(questions: list[Question]) -> dict[str, str]:
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _template_hash(model: Path) -> str:
+def _file_hash(path: str) -> str | None:
+    """Of a reward function's file: edited, it is another grader. None for a module."""
+    if path.startswith("pkg://"):
+        return None
+    file = Path(path.removeprefix("file://"))
+    if not file.is_file():
+        raise EvaluationError(f"the run's reward function {file} is not there (reward.custom_reward_function.path)")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _template_hash(model: Path, config: DictConfig) -> str:
     from transformers import AutoTokenizer
 
-    template = AutoTokenizer.from_pretrained(model).chat_template
+    remote_code = bool(config.actor_rollout_ref.model.get("trust_remote_code", False))
+    template = AutoTokenizer.from_pretrained(model, trust_remote_code=remote_code).chat_template
     if not template:
         raise EvaluationError(f"{model} has no chat template, which turns a problem into a prompt")
     return hashlib.sha256(str(template).encode()).hexdigest()
 
 
-def _engine(model: Path, options: Options, config: DictConfig) -> dict[str, Any]:
+def _engine(model: Path, parallel: int, config: DictConfig) -> dict[str, Any]:
     """vLLM's arguments, which decide speed only, but for dtype."""
     rollout = config.actor_rollout_ref.rollout
-    parallel = options.tensor_parallel or rollout.tensor_model_parallel_size
-    on_cpu = not has_gpu()
+    on_cpu = not has_gpu() and "RAY_ADDRESS" not in os.environ
     return {
         "model": str(model),
         "dtype": rollout.dtype,
@@ -241,35 +260,44 @@ def _engine(model: Path, options: Options, config: DictConfig) -> dict[str, Any]
 
 
 def _check_length(model: Path, max_tokens: int) -> None:
-    limit = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
-    if limit is not None and max_tokens >= limit:
+    config = json.loads((model / "config.json").read_text())
+    limit = config.get("max_position_embeddings")
+    if limit is not None and not config.get("rope_scaling") and max_tokens >= limit:
         raise EvaluationError(
             f"--max-tokens {max_tokens} leaves no room for a prompt: the model has {limit} positions "
             "(max_position_embeddings); give a smaller one"
         )
 
 
-def _open(folder: Path, settings: dict[str, Any], questions: list[Question], attempt: dict[str, Any]) -> Evaluation:
+def _open(folder: Path, settings: dict[str, Any], questions: list[Question]) -> Evaluation:
     """A new evaluation, or the one in ``folder`` to go on with.
 
     Raises:
         EvaluationError: ``folder`` holds an evaluation of something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MANIFEST
-    attempts = []
-    if path.exists():
-        known = json.loads(path.read_text())
-        changed = [name for name in settings if settings[name] != known["settings"].get(name)]
+    if (folder / MANIFEST).exists():
+        known = Evaluation.read(folder)
+        before = known.manifest["settings"]
+        changed = [name for name in settings if _identity(name, settings) != _identity(name, before)]
         if changed:
-            details = "; ".join(
-                f"{name}: {_difference(known['settings'].get(name), settings[name])}" for name in changed
-            )
+            details = "; ".join(f"{name}: {_difference(before.get(name), settings[name])}" for name in changed)
             raise EvaluationError(f"{folder} holds an evaluation with other settings ({details}): give another --out")
-        attempts = known["attempts"]
+        return known
+    folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / QUESTIONS, map(asdict, questions))
-    path.write_text(json.dumps({"settings": settings, "attempts": [*attempts, attempt]}, indent=2) + "\n")
+    _write_manifest(folder, {"settings": settings, "attempts": []})
     return Evaluation.read(folder)
+
+
+def _identity(name: str, settings: dict[str, Any]) -> Any:
+    """A setting as far as it decides the samples: a model is its content, wherever it lies."""
+    return settings["model"]["sha256"] if name == "model" else settings.get(name)
+
+
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(folder / MANIFEST)
 
 
 def _difference(old: Any, new: Any) -> str:
@@ -279,9 +307,11 @@ def _difference(old: Any, new: Any) -> str:
     return f"was {old}, is {new}"
 
 
-def _sample(evaluation: Evaluation, engine: dict[str, Any]) -> int:
+def _sample(evaluation: Evaluation, attempt: dict[str, Any]) -> int:
     """Make the missing samples in a process of their own; returns its exit status."""
-    folder = evaluation.folder
+    folder, engine = evaluation.folder, attempt["engine"]
+    evaluation.manifest["attempts"].append(attempt)
+    _write_manifest(folder, evaluation.manifest)
     (folder / "logs").mkdir(exist_ok=True)
     (folder / "events.jsonl").unlink(missing_ok=True)
     log_file = folder / "logs" / f"eval-{len(evaluation.manifest['attempts'])}.log"
@@ -349,13 +379,20 @@ class SamplingDisplay:
 
 def report(folder: Path, regrade: bool = False) -> int:
     """``cppo report EVALUATION``: recompute, write and print every number from the kept samples."""
-    evaluation = Evaluation.read(folder)
     if regrade:
         from cppo_verl.adapters.generation import reward_function
 
-        changed = evaluation.regrade(reward_function(evaluation.manifest["settings"]["reward"]))
+        evaluation = Evaluation.read(folder)
+        with locked(folder) as free:  # a running evaluation appends to the file that this replaces
+            if not free:
+                return 2
+            changed = evaluation.regrade(reward_function(evaluation.manifest["settings"]["reward"]))
         _console.print(f"graded {len(evaluation.samples)} samples again; {changed} outcomes changed")
-    numbers = write_report(evaluation)
+    return _report(folder)
+
+
+def _report(folder: Path) -> int:
+    numbers = write_report(Evaluation.read(folder))
     for table in terminal_tables(numbers):
         _console.print()
         _console.print(table)

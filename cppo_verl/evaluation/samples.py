@@ -3,7 +3,9 @@
 Everything a report says is computed from these three files.
 """
 
+import functools
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -13,10 +15,14 @@ from typing import Any
 import numpy as np
 
 from cppo_verl.config import ConfigError
-from cppo_verl.grading import OUTCOMES, compute_score, grade
+from cppo_verl.grading import OUTCOMES, compute_score
+from cppo_verl.grading.reward import grade_row
 from cppo_verl.run_log import read_lines
 
+_log = logging.getLogger(__name__)
+
 QUESTIONS, SAMPLES, MANIFEST = "questions.jsonl", "samples.jsonl", "manifest.json"
+OWN_REWARD = "pkg://cppo_verl.grading"
 
 
 class EvaluationError(ConfigError):
@@ -75,6 +81,8 @@ def read_questions(files: Sequence[Path], limit: int | None = None) -> list[Ques
     seen = set()
     for file in files:
         problem, _ = inspect_data_file(file, "prompt")
+        if problem is None and file.suffix != ".parquet":
+            problem = "is not a parquet file: make one with cppo prepare --train --eval NAME=FILE"
         if problem:
             raise EvaluationError(f"{file} {problem}")
         for row in parquet.read_table(file).to_pylist():
@@ -97,17 +105,24 @@ def grade_sample(sample: Sample, question: Question, reward: Callable[..., Any] 
     """The sample with outcome and answer, from the project's grader or a reward function of one's own.
 
     Such a function may return a number or a dict with ``acc`` (else ``score``); its sample is right where that is 1,
-    and ``grade_*`` flags, if it sets them as `compute_score` does, name the outcome.
+    and ``grade_*`` flags, if it sets them as `compute_score` does, name the outcome. What it raises is the outcome
+    "error", so that no sample is lost; `Evaluation.regrade` can mend it.
     """
-    if reward is compute_score:
-        verdict = grade(sample.response, question.gold, answer_line=bool(question.extra_info.get("answer_line", False)))
+    plain = reward.func if isinstance(reward, functools.partial) else reward
+    if plain is compute_score:
+        keywords = reward.keywords if isinstance(reward, functools.partial) else {}
+        verdict = grade_row(sample.response, question.gold, question.extra_info, **keywords)
         return replace(sample, outcome=verdict.outcome, answer=verdict.answer)
-    result = reward(
-        data_source=question.benchmark,
-        solution_str=sample.response,
-        ground_truth=question.gold,
-        extra_info=dict(question.extra_info),
-    )
+    try:
+        result = reward(
+            data_source=question.benchmark,
+            solution_str=sample.response,
+            ground_truth=question.gold,
+            extra_info=dict(question.extra_info),
+        )
+    except Exception as error:
+        _log.error("the reward function failed on %s %s: %r", sample.benchmark, sample.question, error)
+        return replace(sample, outcome="error", answer=None)
     values = result if isinstance(result, dict) else {"acc": result}
     named = [name for name in OUTCOMES if values.get(f"grade_{name}")]
     right = float(values.get("acc", values.get("score", 0.0))) == 1.0
@@ -138,6 +153,11 @@ class Evaluation:
     def n(self) -> int:
         """Samples per question."""
         return int(self.manifest["settings"]["decoding"]["n"])
+
+    @property
+    def extracts_answers(self) -> bool:
+        """Whether the project's own grader graded: another reward function tells no answers."""
+        return bool(self.manifest["settings"]["reward"]["path"] == OWN_REWARD)
 
     @property
     def benchmarks(self) -> list[str]:

@@ -29,7 +29,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
         "benchmarks": benchmarks,
         "mean": {"label": label, "benchmarks": members, **_mean(evaluation, benchmarks, members)} if members else None,
         "settings": evaluation.manifest["settings"],
-        "made_with": evaluation.manifest["attempts"][-1],
+        "attempts": evaluation.manifest["attempts"],
     }
 
 
@@ -53,7 +53,6 @@ def _benchmark(evaluation: Evaluation, name: str) -> dict[str, Any]:
     correct = evaluation.correct(name)
     samples = [sample for row in rows for sample in row]
     tokens = np.array([sample.tokens for sample in samples])
-    answered = any(sample.answer is not None for sample in samples)
     return {
         "questions": len(rows),
         "avg": statistics.avg_at_k(correct),
@@ -61,7 +60,7 @@ def _benchmark(evaluation: Evaluation, name: str) -> dict[str, Any]:
         "interval": list(statistics.question_interval(correct)) if len(rows) > 1 else None,
         "pass_at_k": {str(k): statistics.pass_at_k(correct, k) for k in range(1, evaluation.n + 1)},
         "maj_at_k": statistics.maj_at_k([[spelling(s.answer) for s in row] for row in rows], correct)
-        if answered
+        if evaluation.extracts_answers
         else None,
         "outcomes": {name: sum(sample.outcome == name for sample in samples) for name in OUTCOMES},
         "truncated": float(np.mean([sample.finish_reason == "length" for sample in samples])),
@@ -166,7 +165,7 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report: scores, pass@k for every k, rates and lengths, and what it was made with."""
-    settings, made_with = report["settings"], report["made_with"]
+    settings, attempts = report["settings"], report["attempts"]
     chat, reward = settings["chat"], settings["reward"]
     columns = {**report["benchmarks"], **({report["mean"]["label"]: report["mean"]} if report["mean"] else {})}
     passes = (
@@ -179,12 +178,15 @@ def markdown(report: dict[str, Any]) -> str:
         "chat template": f"sha256 {chat['template_sha256'][:16]}, arguments {chat['arguments']}",
         "reward": f"{reward['path']} {reward['name']} {reward['kwargs'] or ''}".strip(),
         "data": ", ".join(f"{name} (sha256 {sha[:16]})" for name, sha in settings["questions"].items()),
-        "command": f"`{made_with['command']}`",
-        "commit": made_with["commit"],
-        "started": made_with["started"],
-        "packages": ", ".join(f"{name} {version}" for name, version in made_with["packages"].items() if version),
-        "hardware": ", ".join([str(made_with["hardware"]["cpu"]), *made_with["hardware"]["gpus"]]),
     }
+    for attempt, made_with in enumerate(attempts, 1):
+        packages = ", ".join(f"{name} {version}" for name, version in made_with["packages"].items() if version)
+        hardware = ", ".join(
+            [f"{made_with['hardware']['cores']} cores {made_with['hardware']['cpu']}", *made_with["hardware"]["gpus"]]
+        )
+        facts[f"sampled by (attempt {attempt} of {len(attempts)})"] = (
+            f"`{made_with['command']}`, {made_with['started']}, commit {made_with['commit']}, {hardware}; {packages}"
+        )
     parts = [
         f"# Avg@{report['n']} of {settings['model']['name']}",
         _markdown_table(_score_headings(report["n"]), _scores(report)),
@@ -244,6 +246,8 @@ def _common_order(a: Evaluation, b: Evaluation, name: str) -> tuple[list[int], l
 
 def _difference(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    if min(map(len, first)) < 2:
+        raise EvaluationError("a comparison needs at least two questions of every benchmark")
     difference, low, high, p_value = statistics.mean_paired_difference(first, second)
     return {
         "a": float(np.mean([statistics.avg_at_k(correct) for correct in first])),

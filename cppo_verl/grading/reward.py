@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cppo_verl.grading.grader import OUTCOMES, grade
+from cppo_verl.grading.grader import OUTCOMES, Grade, grade
 
 
 def compute_score(
@@ -21,13 +21,18 @@ def compute_score(
     from the row's `extra_info`, else from `kw` (`reward.custom_reward_function.reward_kwargs`); `data_source` and other
     keywords are not used.
     """
-    options = {**kw, **(extra_info or {})}
-    outcome = grade(
-        solution_str,
-        ground_truth,
-        answer_line=bool(options.get("answer_line", False)),
-        timeout=float(options.get("timeout", 5.0)),
-    ).outcome
+    outcome = grade_row(solution_str, ground_truth, extra_info, **kw).outcome
     score = float(outcome == "right")
     flags = {f"grade_{name}": float(outcome == name) for name in OUTCOMES if name != "right"}
     return {"score": score, "acc": score, **flags}
+
+
+def grade_row(response: object, gold: object, extra_info: Mapping[str, Any] | None, **kw: Any) -> Grade:
+    """`grade` with the options of a row of verl's data, as `compute_score` reads them."""
+    options = {**kw, **(extra_info or {})}
+    return grade(
+        response,
+        gold,
+        answer_line=bool(options.get("answer_line", False)),
+        timeout=float(options.get("timeout", 5.0)),
+    )

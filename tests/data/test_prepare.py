@@ -85,9 +85,47 @@ def test_dapos_answer_line_template_tells_the_grader(files, tmp_path):
     assert unwrap(text) == "What is 1 + 1?"
 
 
+def test_a_second_command_keeps_what_the_first_one_recorded(files, tmp_path):
+    _, held_out = files
+    out = tmp_path / "data"
+    run(files, out)
+    main(["prepare", "--train", "--eval", f"other={held_out}", "--out", str(out), "--template", "answer"])
+    sets = json.loads((out / "manifest.json").read_text())["sets"]
+    assert {name: entry["template"] for name, entry in sets.items()} == {
+        "toy": "boxed",
+        "held": "boxed",
+        "other": "answer",
+    }
+
+
+def test_problems_in_other_scripts_are_told_apart(tmp_path):
+    rows = [{"problem": text, "answer": "1"} for text in ("求最大值", "求最小值", "Найдите x", "Найдите y")]
+    path = write_lines(tmp_path / "x.jsonl", rows)
+    assert prepare([Request("x", str(path))], [], tmp_path / "o")["sets"]["x"]["kept"] == 4
+
+
+def test_repeated_ids_are_refused_and_missing_ones_numbered(tmp_path):
+    rows = [{"id": number, "problem": f"p{text}", "answer": "1"} for text, number in (("a", None), ("b", None))]
+    path = write_lines(tmp_path / "x.jsonl", rows)
+    prepare([Request("x", str(path))], [], tmp_path / "o")
+    ids = [row["extra_info"]["id"] for row in parquet.read_table(tmp_path / "o/x.parquet").to_pylist()]
+    assert ids == ["x-0", "x-1"]
+    write_lines(path, [row | {"id": "same"} for row in rows])
+    with pytest.raises(DataError, match="two problems have the id same"):
+        prepare([Request("x", str(path))], [], tmp_path / "o")
+
+
 @pytest.mark.parametrize(
     ("gold", "normal"),
-    [("025", "25"), ("336^\\circ", "336"), ("$34$", "34"), ("1,234", "1234"), ("-7", "-7"), ("\\frac{1}{2}", None)],
+    [
+        ("025", "25"),
+        ("336^\\circ", "336"),
+        ("$34$", "34"),
+        ("1,234", "1234"),
+        ("-7", "-7"),
+        ("\\frac{1}{2}", None),
+        ("\\text{east}", "\\text{east}"),
+    ],
 )
 def test_golds(gold, normal):
     assert normal_gold(gold) == (normal or normal_gold(gold))

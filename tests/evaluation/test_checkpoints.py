@@ -46,9 +46,20 @@ def test_every_way_to_name_a_checkpoint_of_a_run(run, below, step, backend):
 
 
 def test_all_checkpoints_stand_in_order_of_their_steps(run, tmp_path):
-    assert [checkpoint.step for checkpoint in checkpoints_of(run)] == [5, 10, 20]
-    with pytest.raises(CheckpointError, match="has no checkpoints/global_step_N"):
-        checkpoints_of(tmp_path)
+    said = []
+    # Step 5 lacks its shards; verl's rotation leaves a folder without actor behind.
+    (run / "checkpoints" / "global_step_15").mkdir()
+    assert [checkpoint.step for checkpoint in checkpoints_of(run, said.append)] == [10, 20]
+    assert "global_step_5/actor is incomplete: model_world_size_2_rank_0.pt" in said[0]
+    assert "global_step_15 holds no model" in said[1]
+    for rank in range(2):
+        (run / f"checkpoints/global_step_5/actor/model_world_size_2_rank_{rank}.pt").touch()
+    assert [checkpoint.step for checkpoint in checkpoints_of(run, said.append)] == [5, 10, 20]
+    with pytest.raises(CheckpointError, match="is not a run folder"):
+        checkpoints_of(tmp_path, said.append)
+    (run / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match="is not a run folder"):
+        checkpoints_of(run, said.append)
 
 
 def test_megatron_shards_are_told_from_fsdp_ones(tmp_path):

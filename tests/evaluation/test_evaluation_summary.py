@@ -1,5 +1,6 @@
 """Reports and comparisons from kept samples: every number against a direct count, and what is refused."""
 
+import functools
 import json
 from dataclasses import asdict
 
@@ -21,6 +22,7 @@ from cppo_verl.evaluation.samples import (
     read_questions,
     write_lines,
 )
+from cppo_verl.grading import compute_score
 from cppo_verl.manifest import manifest
 
 N = 4
@@ -32,7 +34,7 @@ def settings(**decoding):
         "questions": {"aime24": "b" * 64},
         "decoding": {"n": N, "temperature": 0.7, "top_p": 0.95, "max_tokens": 32, "seed": 0, **decoding},
         "chat": {"arguments": {}, "template_sha256": "c" * 64},
-        "reward": {"path": "pkg://cppo_verl.grading", "name": "compute_score", "kwargs": {}},
+        "reward": {"path": "pkg://cppo_verl.grading", "name": "compute_score", "kwargs": {}, "sha256": None},
     }
 
 
@@ -173,6 +175,11 @@ def test_comparison_names_other_settings_and_refuses_other_questions(tmp_path, c
     write_evaluation(tmp_path / "d", {"own": correct["aime24"]})
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "d")]) == 2
     assert "share no benchmark" in capsys.readouterr().err
+    write_evaluation(tmp_path / "e", {"own": correct["aime24"][:1]})
+    assert main(["compare", str(tmp_path / "e"), str(tmp_path / "e")]) == 2
+    assert "at least two questions" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "no" / "c.json")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -263,6 +270,9 @@ def test_questions_of_data_files(tmp_path):
     assert found == [("own", "0", "1"), ("own", "1", "2"), ("other", "0", "1")]
     assert questions[2].extra_info["answer_line"]
     assert [q.id for q in read_questions([tmp_path / "d.parquet"], limit=1)] == ["0", "0"]
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    with pytest.raises(EvaluationError, match="is not a parquet file"):
+        read_questions([tmp_path / "d.jsonl"])
     with pytest.raises(EvaluationError, match=r"missing\.parquet does not exist"):
         read_questions([tmp_path / "missing.parquet"])
     twice = _parquet(tmp_path / "t.parquet", [_row("a", "1", id="x"), _row("b", "1", id="x")])
@@ -279,3 +289,14 @@ def test_a_reward_function_of_ones_own_decides_the_outcome():
         for value in (1, 0.0, {"score": 1.0}, {"score": 1.0, "acc": 0}, {"acc": 0, "grade_timeout": 1.0})
     ]
     assert graded == ["right", "wrong", "right", "wrong", "timeout"]
+    assert grade_sample(sample, question, lambda **_: 1 / 0).outcome == "error"  # counted, and the sample kept
+
+
+def test_options_of_the_row_reach_the_grader_as_in_training():
+    line = Question("own", "0", [], "34", {"answer_line": True})
+    sample = Sample("own", "0", 0, 1, "Answer: 34", 5, "stop", "", None)
+    assert grade_sample(sample, line).outcome == "right"
+    assert grade_sample(sample, line).answer == "34"
+    plain = Question("own", "0", [], "34")
+    assert grade_sample(sample, plain).outcome == "no_answer"
+    assert grade_sample(sample, plain, functools.partial(compute_score, answer_line=True)).answer == "34"

@@ -44,7 +44,8 @@ def test_an_evaluation_is_complete_and_says_what_it_was_made_with(whole, live_as
     assert report["benchmarks"]["arithmetic"]["truncated"] > 0  # an untrained model seldom ends
     assert report["settings"]["model"]["source"] == str(live_assets / "model")
     assert report["settings"]["decoding"]["temperature"] == 1.0
-    assert report["made_with"]["packages"]["vllm"] or report["made_with"]["packages"]["torch"]
+    assert report["attempts"][0]["packages"]["verl"] == "0.9.1"
+    assert len(report["attempts"]) == 1
     assert "320/320 samples" in output
     assert "Avg@40" in output
     assert "WARNING" not in output
@@ -79,6 +80,7 @@ def test_killed_and_started_again_it_is_what_an_unbroken_one_is(whole, live_asse
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(kept)} are there" in done.stdout
     assert samples(folder) == samples(whole[0])
+    assert len(json.loads((folder / "report.json").read_text())["attempts"]) == 2
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 320
     numbers = [json.loads((f / "report.json").read_text())["benchmarks"] for f in (folder, whole[0])]
     assert numbers[0] == numbers[1]
@@ -92,6 +94,7 @@ def test_a_finished_evaluation_starts_nothing_and_other_settings_are_refused(who
     assert "Avg@40" in again.stdout
     assert "loading the model" not in again.stdout
     assert time.time() - started < 30
+    assert len(json.loads((folder / "report.json").read_text())["attempts"]) == 1
     other = [*command(live_assets, folder), "--temperature", "0.5"]
     refused = subprocess.run(other, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2

@@ -55,15 +55,10 @@ def test_cppo_and_a_baseline_train(stages):
             assert line["rollout/missing_responses"] == 0
 
 
-def test_truncation_is_that_of_the_dump(dumps, stages):
-    """A response of the longest length was cut off unless its last token ends it."""
-    responses = [
-        r[m]
-        for batch in dumps[1, 0] + dumps[1, 1]
-        for r, m in zip(*(batch[n] for n in ("responses", "response_mask")), strict=True)
-    ]
-    print(len(responses), stages["cppo"][0]["rollout/truncation_rate"], stages["cppo"][0]["response_length/clip_ratio"])
-    assert 0 < stages["cppo"][0]["rollout/truncation_rate"] <= stages["cppo"][0]["response_length/clip_ratio"]
+def test_truncated_responses_are_among_the_longest(stages):
+    """verl counts those that end at the longest length as well."""
+    for line in stages["cppo"]:
+        assert 0 < line["rollout/truncation_rate"] <= line["response_length/clip_ratio"] < 1
 
 
 def test_identical_weights_have_no_divergence_and_mask_nothing(dumps, stages):

@@ -94,6 +94,23 @@ def test_the_name_is_taken_and_resuming_goes_on(finished, overrides, live_folder
 
 
 @pytest.mark.slow
+def test_evaluation_of_the_checkpoint_agrees_with_the_runs_own_validation(finished, live_folder):
+    """Shards merged, settings, data and reward function taken from the run; no option but a number of samples."""
+    step = live_folder / "checkpoints" / "global_step_2"
+    done = subprocess.run([CPPO, "eval", step, "-n", "64"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((live_folder / "eval" / "step_2-seed0" / "report.json").read_text())
+    assert report["settings"]["decoding"]["temperature"] == 1.0  # the run's, not the default 0.7
+    assert report["settings"]["reward"]["path"].endswith("rewards.py")
+    mine = report["benchmarks"]["arithmetic"]
+    validation = read_metrics(live_folder)[2]["val-core/arithmetic/acc/mean@16"]
+    # The variances of both: the validation has 16 samples a question, four times the variance of 64.
+    error = mine["decoding_error"] * (1 + 64 / 16) ** 0.5
+    print(f"cppo eval {mine['avg']:.3f}, validation {validation:.3f}, standard error of the difference {error:.3f}")
+    assert abs(mine["avg"] - validation) < 3.5 * error
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(overrides, tmp_path):
     run = tmp_path / "interrupted"
     process = subprocess.Popen(
@@ -182,9 +199,8 @@ def with_every_term(overrides, live_assets, tmp_path_factory):
         "reward.reward_kwargs.overlong_buffer_cfg.len=30",
         f"data.val_files=[{','.join(files)}]",
         "trainer.test_freq=2",
-        "trainer.rollout_data_dir=" + str(folder / "rollouts"),
     ]
-    return trained(overrides, settings, folder / "run"), folder
+    return trained(overrides, settings, folder / "run"), folder / "run"
 
 
 @pytest.mark.slow
@@ -199,21 +215,18 @@ def test_validation_reports_the_mean_of_the_aime_sets(with_every_term):
 def test_overlong_responses_cost_what_dapo_says_and_leave_acc_alone(with_every_term):
     """Longest 40, buffer 30: beyond 10 tokens a response loses (length - 10) / 30."""
     lines, folder = with_every_term
-    samples = [json.loads(text) for path in (folder / "rollouts").glob("*.jsonl") for text in path.open()]
-    shaped = [sample for sample in samples if sample["overlong"]]
-    assert len(shaped) > 10
+    samples = [json.loads(text) for text in (folder / "validation" / "2.jsonl").open()]
+    assert len(samples) == 3 * 2 * 16
+    assert sum(sample["overlong"] for sample in samples) > 10
     for sample in samples:
-        assert sample["score"] == pytest.approx(sample["acc"] + sample["overlong_reward"], abs=1e-6)
-        assert -1.0 <= sample["overlong_reward"] <= 0.0
         assert sample["acc"] in (0.0, 1.0)
-    assert min(sample["overlong_reward"] for sample in samples) == pytest.approx(-1.0)
-    # Groups with one acc and many lengths have many scores; mask_std_0 skips them all the same.
-    groups = {}
-    for sample in samples:
-        groups.setdefault((sample["step"], sample["uid"].rsplit("_", 2)[0]), []).append(sample)
-    constant = [group for group in groups.values() if len({sample["acc"] for sample in group}) == 1]
-    assert any(len({sample["score"] for sample in group}) > 1 for group in constant)
-    assert sum(line["groups/zero_variance"] for line in lines.values()) == len(constant)
+        assert sample["reward"] == pytest.approx(sample["acc"] + sample["overlong_reward"], abs=1e-6)
+    costs = {round(-30 * sample["overlong_reward"]) for sample in samples}
+    assert max(costs) == 30
+    assert min(costs) == 0
+    assert len(costs) > 5
+    assert lines[2]["val-core/aime24/acc/mean@16"] >= 0
+    assert lines[2]["critic/score/min"] < 0
 
 
 def trained(overrides, settings, folder):
