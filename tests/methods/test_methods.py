@@ -14,7 +14,9 @@ from cppo_verl.methods import DIVERGENCES, Tokens
 
 def build(name, divergence="binary_tv", **changes):
     """The method as its configuration file says, with a few settings changed."""
-    config = OmegaConf.create({"divergence": OmegaConf.load(config_dir() / f"divergence/{divergence}.yaml")})
+    thresholds = OmegaConf.to_container(OmegaConf.load(config_dir() / "train.yaml"))["thresholds"]
+    config = OmegaConf.create({"thresholds": thresholds})
+    config.divergence = OmegaConf.load(config_dir() / f"divergence/{divergence}.yaml")
     config.method = OmegaConf.load(config_dir() / f"method/{name}.yaml")
     config.method.pop("defaults", None)
     config.method.update(changes)
