@@ -70,6 +70,7 @@ class Cppo:
     delta: float
     w_min: float
     weights: str
+    horizon: int | None
     delta_b: float | None
     delta_b_quantile: float | None
     delta_b_max_factor: float
@@ -80,6 +81,7 @@ class Cppo:
         _check_positive("delta", self.delta)
         _check(0 < self.w_min <= 1, "w_min", self.w_min, "in (0, 1]")
         _check(self.weights in core.weights.SCHEDULES, "weights", self.weights, f"one of {core.weights.SCHEDULES}")
+        _check(self.horizon is None or self.horizon >= 1, "horizon", self.horizon, "1 or more tokens, or null")
         _check(self.delta_b is None or self.delta_b >= 0, "delta_b", self.delta_b, ">= 0, or null for no prefix budget")
         quantile = self.delta_b_quantile
         _check(quantile is None or 0 <= quantile <= 1, "delta_b_quantile", quantile, "in [0, 1], or null")
@@ -121,18 +123,15 @@ class Cppo:
         )
 
     def _weights(self, tokens: Tokens) -> Tensor:
+        weigh = partial(
+            core.position_weights, w_min=self.w_min, schedule=self.weights, horizon=self.horizon, validate=False
+        )
         if not self.needs_response_seeds:
-            return core.position_weights(tokens.response_mask, self.w_min, schedule=self.weights, validate=False)
+            return weigh(tokens.response_mask)
         if tokens.response_seeds is None:
             raise ValueError("weights=shuffled needs one seed per response, so that micro-batching cannot change it")
         rows = [
-            core.position_weights(
-                row[None],
-                self.w_min,
-                schedule="shuffled",
-                generator=torch.Generator().manual_seed(seed),
-                validate=False,
-            )
+            weigh(row[None], generator=torch.Generator().manual_seed(seed))
             for row, seed in zip(tokens.response_mask, tokens.response_seeds.tolist(), strict=True)
         ]
         return torch.cat(rows)

@@ -14,6 +14,7 @@ def position_weights(
     w_min: float,
     *,
     schedule: str = "linear",
+    horizon: int | None = None,
     generator: torch.Generator | None = None,
     validate: bool = True,
 ) -> Tensor:
@@ -23,8 +24,9 @@ def position_weights(
         response_mask: ``[B, T]``, 1 on valid tokens.
         w_min: weight of the last token, in (0, 1]. A response of one token has weight 1.
         schedule: "linear" | "uniform" (w = 1) | "shuffled" (the linear weights of a row at random positions of it).
+        horizon: None, or a T for all responses, at which the weight reaches w_min (and stays there).
         generator: CPU generator for "shuffled"; drawn from once per row, in row order, whatever the padding.
-        validate: check ``w_min`` and ``schedule`` (both are plain Python values, so this never waits for the device).
+        validate: check ``w_min``, ``schedule`` and ``horizon`` (plain Python values: this never waits for the device).
 
     Returns:
         float32 ``[B, T]``, 0 on padding.
@@ -32,14 +34,21 @@ def position_weights(
     require_same_shape("response_mask", response_mask=response_mask)
     if validate and not 0 < w_min <= 1:
         raise ValueError(f"w_min must be in (0, 1], got {w_min}")
+    if validate and horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be 1 or more, or None, got {horizon}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     valid = response_mask.bool()
     if schedule == "uniform":
         return valid.float()
-    length = valid.sum(-1, keepdim=True)
+    last = (
+        valid.sum(-1, keepdim=True) - 1
+        if horizon is None
+        else torch.full_like(valid[:, :1], horizon - 1, dtype=torch.long)
+    )
     position = valid.cumsum(-1) - 1 if schedule == "linear" else _shuffled_positions(valid, generator)
-    step = (1.0 - w_min) / (length - 1).clamp_min(1).double()
+    position = position.minimum(last)
+    step = (1.0 - w_min) / last.clamp_min(1).double()
     return torch.where(valid, 1.0 - step * position, 0.0).float()
 
 

@@ -42,6 +42,33 @@ def test_linear_weights_by_hand(mask, w_min, expected):
     torch.testing.assert_close(weights, torch.tensor([expected], dtype=torch.float32), atol=1e-7, rtol=0)
 
 
+HORIZON_CASES = {
+    "the slope is the horizon's": ([1, 1, 1, 0], 5, [1, 0.875, 0.75, 0]),
+    "a response as long as the horizon": ([1, 1, 1, 1, 1], 5, [1, 0.875, 0.75, 0.625, 0.5]),
+    "beyond the horizon w_min stays": ([1, 1, 1, 1], 3, [1, 0.75, 0.5, 0.5]),
+    "a horizon of one": ([1, 1], 1, [1, 1]),
+}
+
+
+@pytest.mark.parametrize(("mask", "horizon", "expected"), HORIZON_CASES.values(), ids=HORIZON_CASES.keys())
+def test_a_common_horizon_by_hand(mask, horizon, expected):
+    weights = position_weights(torch.tensor([mask]), 0.5, horizon=horizon)
+    torch.testing.assert_close(weights, torch.tensor([expected], dtype=torch.float32), atol=1e-7, rtol=0)
+
+
+def test_shuffling_permutes_the_weights_that_the_horizon_gives():
+    mask = ragged_mask(generator(2), 4, 9)
+    ordered = position_weights(mask, 0.6, horizon=20)
+    shuffled = position_weights(mask, 0.6, horizon=20, schedule="shuffled", generator=generator(5))
+    assert torch.equal(ordered.sort(-1).values, shuffled.sort(-1).values)
+    assert not torch.equal(ordered, shuffled)
+
+
+def test_a_horizon_below_one_is_refused():
+    with pytest.raises(ValueError, match="horizon must be 1 or more, or None, got 0"):
+        position_weights(torch.ones(1, 2), 0.5, horizon=0)
+
+
 def test_linear_is_the_default_schedule():
     mask = ragged_mask(generator(1), 5, 12)
     assert torch.equal(position_weights(mask, 0.7), position_weights(mask, 0.7, schedule="linear"))
