@@ -29,7 +29,6 @@ for name in $(printf '%s\n' "${!changes[@]}" | sort); do
   if [[ ${1:-list} == list ]]; then
     echo "${command[*]}"
   elif [[ -z ${2:-} || $2 == "$name" ]]; then
-    if [[ -e runs/$run/config.yaml ]]; then command+=(run.resume=true); fi
-    "${command[@]}"
+    "${command[@]}" run.resume=auto
   fi
 done

@@ -6,4 +6,6 @@
 # Data: scripts/prepare_data.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-exec "${VENV:-$root/.venv}/bin/cppo" train platform=gpu recipe=qwen3_1.7b "$@"
+cppo=${VENV:-$root/.venv}/bin/cppo
+if [[ ! -x $cppo ]]; then cppo=cppo; fi # a container or an uploaded checkout: the one of PATH
+exec "$cppo" train platform=gpu recipe=qwen3_1.7b "$@"

@@ -18,8 +18,7 @@ for model in "${models[@]}"; do
     if [[ ${1:-list} == list ]]; then
       echo "${command[*]}"
     elif [[ (-z ${2:-} || $2 == "$model") && (-z ${3:-} || $3 == "$method") ]]; then
-      if [[ -e runs/$name/config.yaml ]]; then command+=(run.resume=true); fi
-      "${command[@]}"
+      "${command[@]}" run.resume=auto
     fi
   done
 done
