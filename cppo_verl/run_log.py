@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,23 @@ class RunLog:
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics of ``step``; later lines of the same step add to and override earlier ones."""
-        self._append(METRICS, {"step": int(step), "time": time.time(), **_scalars(values)})
+        self._append(METRICS, {"step": int(step), "time": time.time(), **plain_metrics(values)})
 
     def event(self, name: str, **details: Any) -> None:
         """Something a person waiting would want to know: a phase that begins, a failure."""
         self._append(EVENTS, {"event": name, "time": time.time(), **details})
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        """What happens inside ends with the event "finished" or "failed", the latter with its cause."""
+        try:
+            yield
+        except BaseException as error:
+            cause: Any = getattr(error, "cause", None) or error  # Ray puts a worker's exception there
+            with suppress(OSError):  # a full disk must not hide what it led to
+                self.event("failed", error=type(cause).__name__, message=str(cause))
+            raise
+        self.event("finished")
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps beyond ``step``: a resumed run trains them again."""
@@ -34,9 +47,7 @@ class RunLog:
         if not path.exists():
             return
         kept = [line for line in read_lines(path) if line["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         with open(self.folder / name, "a") as file:
@@ -71,8 +82,23 @@ def accuracies(line: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
     return found
 
 
-def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without verl's internal records, which are dicts (and leave its own metrics before they are logged)."""
+def validation_score(line: Mapping[str, Any]) -> float | None:
+    """The accuracy by which checkpoints are compared: the AIME mean where there is one, else the mean of all sets."""
+    found = {label.split()[0]: value for label, value in accuracies(line).values()}
+    if not found:
+        return None
+    return found.get("aime_mean", sum(found.values()) / len(found))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step: whoever is killed, readers find the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def plain_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON, without verl's internal records, which are dicts (and leave its own metrics before they are logged)."""
     return {name: _plain(value) for name, value in values.items() if not isinstance(value, Mapping)}
 
 

@@ -218,14 +218,8 @@ def chat_tokens(tokenizer: Any, messages: list[dict[str, str]], arguments: dict[
 
 def main(folder: str) -> None:
     lifeline.heed()
-    log = RunLog(folder)
-    try:
+    with RunLog(folder).outcome():
         run(Path(folder))
-    except BaseException as error:
-        cause: Any = getattr(error, "cause", None) or error
-        log.event("failed", error=type(cause).__name__, message=str(cause))
-        raise
-    log.event("finished")
 
 
 if __name__ == "__main__":

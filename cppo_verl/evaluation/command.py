@@ -3,20 +3,17 @@
 import hashlib
 import json
 import os
-import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cppo_verl.checkpoints import Checkpoint, checkpoints_of, find, fingerprint, hugging_face_folder
 from cppo_verl.config import compose, has_gpu
 from cppo_verl.data.sources import AIME
-from cppo_verl.display import Failure
+from cppo_verl.display import SamplingDisplay
 from cppo_verl.evaluation import summary
 from cppo_verl.evaluation.samples import (
     MANIFEST,
@@ -315,8 +312,9 @@ def _sample(evaluation: Evaluation, attempt: dict[str, Any]) -> int:
     (folder / "logs").mkdir(exist_ok=True)
     (folder / "events.jsonl").unlink(missing_ok=True)
     log_file = folder / "logs" / f"eval-{len(evaluation.manifest['attempts'])}.log"
-    display = SamplingDisplay(evaluation, log_file)
+    display = SamplingDisplay(evaluation, log_file, _console)
     environment = process_environment(not engine["gpus_per_replica"], engine["model"])
+    environment["CPPO_RUN_FOLDER"] = str(folder)
     module = "cppo_verl.adapters.generation"
     status = supervise(module, folder, log_file, environment, folder / SAMPLES, display)
     if status and status != INTERRUPTED:
@@ -324,57 +322,6 @@ def _sample(evaluation: Evaluation, attempt: dict[str, Any]) -> int:
     if status:
         _console.print("what was sampled is kept; the same command goes on from there")
     return status
-
-
-class SamplingDisplay:
-    """Progress of one evaluation on the terminal; with output to a file or a pipe, a line now and then."""
-
-    def __init__(self, evaluation: Evaluation, log_file: Path) -> None:
-        self.total = evaluation.n * len(evaluation.questions)
-        self.verdicts = [sample.outcome == "right" for sample in evaluation.samples.values()]
-        self.evaluation, self.log_file = evaluation, log_file
-        self.failure = Failure(log_file)
-        self.started = self.printed = time.time()
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, *times, console=_console, transient=True, disable=not _console.is_terminal)
-        self.task = self.progress.add_task("starting", total=self.total, completed=len(self.verdicts))
-
-    def __enter__(self) -> "SamplingDisplay":
-        kept = f", {len(self.verdicts)} are there" if self.verdicts else ""
-        _console.print(
-            f"evaluation  {self.evaluation.folder}\nlog         {self.log_file}\n"
-            f"samples     {len(self.evaluation.questions)} questions x {self.evaluation.n}{kept}",
-            soft_wrap=True,
-        )
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def refresh(self) -> None:
-        self.progress.refresh()
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        self.failure.note(event)
-        self.printed = time.time()
-        if event["event"] not in ("failed", "finished"):
-            self.progress.update(self.task, description=event["event"])
-            if not _console.is_terminal:
-                _console.print(f"{time.time() - self.started:6.0f} s  {event['event']}")
-
-    def line(self, line: Mapping[str, Any]) -> None:
-        self.verdicts.append(line["outcome"] == "right")
-        share = sum(self.verdicts) / len(self.verdicts)
-        self.progress.update(self.task, completed=len(self.verdicts), description=f"right so far {share:.1%}")
-        if not _console.is_terminal and (time.time() - self.printed > 30 or len(self.verdicts) == self.total):
-            self.printed = time.time()
-            seconds = time.time() - self.started
-            _console.print(f"{seconds:6.0f} s  {len(self.verdicts)}/{self.total} samples, right so far {share:.1%}")
-
-    def interrupted(self) -> None:
-        _console.print("interrupted: ending Ray and vLLM")
 
 
 def report(folder: Path, regrade: bool = False) -> int:
