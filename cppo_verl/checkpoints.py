@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cppo_verl import retention
 from cppo_verl.config import ConfigError, has_gpu
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -71,7 +72,9 @@ def find(text: str, revision: str | None = None) -> Checkpoint:
     run = _run_of(path)
     if (path / "checkpoints").is_dir() and not _has_weights(path):
         path = path / "checkpoints"
-    if (path / _LATEST).is_file():
+    if steps := retention.complete_steps(path):
+        path = retention.step_folder(path, steps[-1])
+    elif (path / _LATEST).is_file():
         path = path / f"global_step_{(path / _LATEST).read_text().strip()}"
     step = next((int(found[1]) for part in reversed(path.parts) if (found := _STEP.fullmatch(part))), None)
     if (path / "actor").is_dir():
@@ -100,7 +103,11 @@ def checkpoints_of(run: Path, say: Callable[[str], None]) -> list[Checkpoint]:
         key=lambda folder: int(folder.name.removeprefix("global_step_")),
     )
     found = []
+    marked = any(retention.is_complete(folder) for folder in folders)
     for folder in folders:
+        if marked and not retention.is_complete(folder):
+            say(f"left out: {folder} was not written to its end")
+            continue
         try:
             checkpoint = find(str(folder))
             _check_shards(checkpoint)
@@ -136,6 +143,32 @@ def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None], trus
         shutil.rmtree(merged, ignore_errors=True)
         temporary.rename(merged)
     return merged
+
+
+def export(checkpoint: Checkpoint, out: Path | None, say: Callable[[str], None]) -> Path:
+    """The checkpoint as a Hugging Face folder with a model card; returns the folder.
+
+    Args:
+        out: a new folder to copy it to; None leaves verl's shards merged in ``global_step_N/merged``.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be merged, or ``out`` is in use, or there is nothing to do.
+    """
+    from cppo_verl.model_card import model_card
+
+    if out is not None and out.exists():
+        raise CheckpointError(f"--out {out} exists: give a new folder")
+    if checkpoint.backend is None and out is None:
+        raise CheckpointError(f"{checkpoint.folder} is a Hugging Face folder already; give --out to copy it")
+    folder = hugging_face_folder(checkpoint, say)
+    card = model_card(checkpoint)
+    if out is not None:
+        temporary = out.with_name(out.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(folder, temporary)
+        folder = temporary.rename(out)
+    (folder / "README.md").write_text(card)
+    return folder
 
 
 def fingerprint(folder: Path) -> str:

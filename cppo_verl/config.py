@@ -11,6 +11,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl import retention
+
 GROUPS = ("method", "divergence", "platform", "recipe")
 
 
@@ -58,6 +60,10 @@ def run_folder(config: DictConfig) -> Path:
 
 def _check_choice(override: str) -> None:
     group, separator, value = override.partition("=")
+    if group.lstrip("+") == "hydra.searchpath":
+        raise ConfigError(
+            "hydra.searchpath: the path to verl's settings stands there; give a file's settings as overrides"
+        )
     if separator and group in GROUPS and value not in choices(group):
         raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(choices(group))}")
 
@@ -74,8 +80,12 @@ def _fill_in_run(config: DictConfig) -> None:
     config.run.dir = str(Path(config.run.dir).expanduser().absolute())
     if config.run.name is None:
         config.run.name = f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if config.run.resume and config.trainer.resume_mode == "disable":
-        config.trainer.resume_mode = "auto"
+    if config.run.resume == "auto":
+        config.run.resume = (run_folder(config) / "config.yaml").exists()
+    steps = retention.complete_steps(config.trainer.default_local_dir) if config.run.resume else []
+    if steps and config.trainer.resume_mode == "disable":
+        config.trainer.resume_mode = "resume_path"
+        config.trainer.resume_from_path = str(retention.step_folder(config.trainer.default_local_dir, steps[-1]))
     model = config.actor_rollout_ref.model
     if model.path is not None and Path(model.path).expanduser().exists():
         model.path = str(Path(model.path).expanduser().absolute())

@@ -20,10 +20,12 @@ from cppo_verl import lifeline
 from cppo_verl.config import run_folder
 from cppo_verl.display import RunDisplay
 from cppo_verl.manifest import manifest
-from cppo_verl.run_log import EVENTS, METRICS
+from cppo_verl.run_log import EVENTS, METRICS, write_atomically
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
 _RUN_TAG = "CPPO_RUN_TAG"
+
+_MANIFEST = "manifest.json"
 
 # Exit status of a run that was interrupted (the shell's for SIGINT).
 INTERRUPTED = 130
@@ -113,20 +115,33 @@ def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path
     """Make or reopen the run folder: resolved config, manifest of this attempt. Returns the attempt's log file."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     attempt = 1 + len(list((folder / "logs").glob("train-*.log")))
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    OmegaConf.save(config, folder / "logs" / f"config-{attempt}.yaml", resolve=True)
-    record = {"attempt": attempt, **manifest(command)}
-    path = folder / "manifest.json"
-    attempts = json.loads(path.read_text())["attempts"] if path.exists() else []
-    path.write_text(json.dumps({"attempts": [*attempts, record]}, indent=2) + "\n")
+    text = OmegaConf.to_yaml(config, resolve=True)
+    for path in (folder / "config.yaml", folder / "logs" / f"config-{attempt}.yaml"):
+        write_atomically(path, text)
+    attempts = _attempts(folder)
+    tracking_id = attempts[0]["tracking_id"] if attempts else uuid.uuid4().hex[:12]
+    record = {"attempt": attempt, "tracking_id": tracking_id, **manifest(command)}
+    write_atomically(folder / _MANIFEST, json.dumps({"attempts": [*attempts, record]}, indent=2) + "\n")
     (folder / EVENTS).unlink(missing_ok=True)
     return folder / "logs" / f"train-{attempt}.log"
 
 
+def _attempts(folder: Path) -> list[dict[str, Any]]:
+    path = folder / _MANIFEST
+    return json.loads(path.read_text())["attempts"] if path.exists() else []
+
+
 def environment(config: DictConfig, tag: str | None = None) -> dict[str, str]:
-    """The environment of a run's processes: our defaults under what the user has set, and the run's tag."""
+    """The environment of a run's processes: our defaults under what the user has set, and the run's tag.
+
+    Every attempt of a run goes on with the same wandb run and the same TensorBoard folder.
+    """
+    folder = run_folder(config)
+    tracking = {"TENSORBOARD_DIR": str(folder / "tensorboard"), "WANDB_DIR": str(folder), "WANDB_RESUME": "allow"}
+    if attempts := _attempts(folder):
+        tracking["WANDB_RUN_ID"] = attempts[0]["tracking_id"]
     variables = process_environment(config.trainer.device == "cpu", str(config.actor_rollout_ref.model.path))
-    return {**variables, "CPPO_RUN_FOLDER": str(run_folder(config)), **({_RUN_TAG: tag} if tag else {})}
+    return {**tracking, **variables, "CPPO_RUN_FOLDER": str(folder), **({_RUN_TAG: tag} if tag else {})}
 
 
 def process_environment(on_cpu: bool, model: str) -> dict[str, str]:

@@ -64,12 +64,13 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     from cppo_verl import core
 
     method = OmegaConf.load(folder / "config.yaml").method
-    if method.name != "cppo" or method.delta_b is None or method.weights == "shuffled":
+    of_cppo = method._target_ == "cppo_verl.methods.Cppo"
+    if not of_cppo or method.delta_b is None or method.weights == "shuffled" or method.soft_gate:
         return []
     dump, row = _most_masked([torch.load(file) for file in dumps], method.delta)
     one = {name: dump[name][row : row + 1] for name in ("log_prob", "rollout_log_prob", "advantages", "divergence")}
     mask = dump["response_mask"][row : row + 1]
-    weights = core.position_weights(mask, method.w_min, schedule=method.weights)
+    weights = core.position_weights(mask, method.w_min, schedule=method.weights, horizon=method.get("horizon"))
     region = core.cppo_mask(
         one["log_prob"] - one["rollout_log_prob"],
         one["advantages"],

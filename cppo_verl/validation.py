@@ -3,11 +3,14 @@
 import ast
 import importlib.util
 import json
+import netrc
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -32,8 +35,17 @@ def validate(config: DictConfig) -> None:
 
 def _check_method(config: DictConfig) -> Iterator[str]:
     settings = {name: value for name, value in config.method.items() if name != "_target_"}
+    target = config.method.get("_target_")
     try:
-        schema = OmegaConf.structured(get_class(config.method._target_))
+        method = get_class(str(target))
+    except Exception as error:  # of the module, which may be anybody's
+        yield f"method._target_={target} cannot be imported: {str(error).splitlines()[0]}"
+        return
+    if not is_dataclass(method):
+        yield f"method._target_={target} is not a dataclass of settings (docs/adding_a_method.md)"
+        return
+    try:
+        schema = OmegaConf.structured(method)
         OmegaConf.set_readonly(schema, False)
         OmegaConf.to_object(OmegaConf.merge(schema, settings))
     except OmegaConfBaseException as error:  # a value of the wrong type
@@ -330,12 +342,53 @@ def _check_run(config: DictConfig) -> Iterator[str]:
     name, folder = str(config.run.name), run_folder(config)
     if "/" in name or name in ("", ".", ".."):
         yield f"run.name={name}: a plain folder name is needed"
-    elif folder.exists() and not config.run.resume:
+    elif config.run.resume not in (True, False):
+        yield f"run.resume={config.run.resume}: use true, false or auto"
+    elif not config.run.resume and _holds_a_run(folder):
         yield f"run.name={name} is in use ({folder}): choose another name, or continue it with run.resume=true"
     elif config.run.resume and not (folder / "config.yaml").exists():
         yield f"run.resume=true, but there is no run {folder}: give the run.name (and run.dir) of the run to continue"
     elif config.run.resume:
         yield from _changed_since(folder / "config.yaml", config)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return folder.exists() and any(path.name not in (".lock", "logs") for path in folder.iterdir())
+
+
+def _check_checkpoints(config: DictConfig) -> Iterator[str]:
+    keep, trainer = config.trainer.max_actor_ckpt_to_keep, config.trainer
+    if keep is not None and _not_positive(keep):
+        yield f"trainer.max_actor_ckpt_to_keep={keep}: give the number of newest checkpoints to keep, or null for all"
+    if trainer.get("remove_previous_ckpt_in_save", False):
+        yield "trainer.remove_previous_ckpt_in_save=true: use trainer.max_actor_ckpt_to_keep=1 instead"
+    if config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
+        yield (
+            "actor_rollout_ref.actor.checkpoint.async_save=true: when such a checkpoint is complete cannot be told, "
+            "and a run resumes from complete ones only; set false"
+        )
+
+
+def _check_logger(config: DictConfig) -> Iterator[str]:
+    loggers = config.trainer.logger
+    loggers = [loggers] if isinstance(loggers, str) else list(loggers or ())
+    if "file" in loggers:
+        yield "trainer.logger=file: every resume empties verl's file; the run folder's metrics.jsonl has the same names"
+    if "wandb" in loggers and not _wandb_can_start():
+        yield (
+            "trainer.logger has wandb, but there is no login: run wandb login, or set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline (wandb sync uploads the run folder's wandb/ later)"
+        )
+
+
+def _wandb_can_start() -> bool:
+    if os.environ.get("WANDB_MODE", "online") != "online" or os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _changed_since(stored_file: Path, config: DictConfig) -> Iterator[str]:
@@ -367,4 +420,6 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[str]], ...] = (
     _check_data,
     _check_reward,
     _check_run,
+    _check_checkpoints,
+    _check_logger,
 )

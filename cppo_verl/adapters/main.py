@@ -3,7 +3,9 @@
 Reads RUN_FOLDER/config.yaml, which the command line has composed and checked, starts Ray and runs the trainer.
 """
 
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from verl.utils.config import validate_config
 from cppo_verl import lifeline
 from cppo_verl.adapters import compat, cpu_platform
 from cppo_verl.run_log import RunLog
+
+# Variables of this process that the workers of a running cluster are to have as well, by how their names begin.
+_FORWARDED = (
+    *("CPPO_", "VERL_", "VLLM_", "TQ_", "OMP_", "KMP_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "GLOO_"),
+    *("CUDA_DEVICE_MAX", "RAY_ACCEL", "RAY_DEDUP", "RAY_USAGE", "PYTHONUNBUFFERED", "HYDRA_", "WANDB_", "TENSORBOARD_"),
+)
+# Of one node only.
+_LOCAL = ("VLLM_HOST_IP",)
 
 
 @ray.remote
@@ -62,8 +72,27 @@ def train(config: DictConfig, runner: Any = TaskRunner) -> None:
     compat.check()
     if config.trainer.device == "cpu" and not cpu_platform.active():
         raise RuntimeError("trainer.device=cpu needs VERL_PLATFORM=cpu in the environment; cppo train sets it")
+    config.ray_kwargs.ray_init = ray_settings(config.ray_kwargs.ray_init, os.environ)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     run_ppo(config, task_runner_class=runner)
+
+
+def ray_settings(settings: DictConfig, environment: Mapping[str, str]) -> DictConfig:
+    """Arguments of ``ray.init``: for a Ray of this run's own, or for a cluster that is running already.
+
+    Processes of an own Ray inherit this one's environment. Those of a running cluster have its nodes': what the run
+    needs is sent along, and what would size a new Ray is left out, which ``ray.init`` refuses there.
+    """
+    address = settings.get("address") or environment.get("RAY_ADDRESS")
+    if not address:
+        # Without "local" Ray joins any cluster that it finds on this machine.
+        return OmegaConf.merge(settings, {"address": "local"})
+    forwarded = {
+        name: value for name, value in environment.items() if name.startswith(_FORWARDED) and name not in _LOCAL
+    }
+    sizes = ("num_cpus", "num_gpus", "resources", "object_store_memory", "include_dashboard")
+    kept = {name: value for name, value in settings.items() if name not in sizes}
+    return OmegaConf.merge({"runtime_env": {"env_vars": forwarded}}, kept, {"address": address})
 
 
 def run(folder: str, runner: Any = TaskRunner) -> None:
@@ -71,13 +100,8 @@ def run(folder: str, runner: Any = TaskRunner) -> None:
     lifeline.heed()
     log = RunLog(folder)
     log.event("starting Ray")
-    try:
+    with log.outcome():
         train(OmegaConf.load(Path(folder) / "config.yaml"), runner)
-    except BaseException as error:
-        cause: Any = getattr(error, "cause", None) or error
-        log.event("failed", error=type(cause).__name__, message=str(cause))
-        raise
-    log.event("finished")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """verl's synchronous V1 trainer with what CPPO needs: our worker, mask_std_0, per-response seeds, the run's log."""
 
+import shutil
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,26 +20,31 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils import tensordict_utils as tu
 from verl.utils.tracking import Tracking
 
+from cppo_verl import retention
 from cppo_verl.adapters.actor import TrustRegionActorWorker
 from cppo_verl.adapters.agent_loop import TRUNCATED
 from cppo_verl.adapters.seeding import problem_key, response_seed
 from cppo_verl.adapters.topk import IDS, LOG_PROBS
 from cppo_verl.data.sources import AIME
 from cppo_verl.grading import OUTCOMES
-from cppo_verl.run_log import RunLog
+from cppo_verl.run_log import RunLog, accuracies, read_metrics, validation_score
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
 _OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/")
 
 
 class LoggedTracking:
-    """verl's Tracking with every record also appended to the run's own metrics file."""
+    """verl's Tracking with every record also appended to the run's own metrics file.
 
-    def __init__(self, tracking: Tracking, log: RunLog) -> None:
-        self._tracking, self._log = tracking, log
+    ``unfinished`` is what is known of the step that a run resumes at, whose validation is still to come.
+    """
+
+    def __init__(self, tracking: Tracking, log: RunLog, unfinished: dict[str, Any]) -> None:
+        self._tracking, self._log, self._unfinished = tracking, log, unfinished
 
     def log(self, data: dict[str, Any], step: int) -> None:
-        self._log.metrics(step, data)
+        self._log.metrics(step, {**self._unfinished, **data})
+        self._unfinished = {}
         self._tracking.log(data=data, step=step)
 
     def finish(self, exit_code: int = 0) -> None:
@@ -52,6 +60,11 @@ class TrustRegionTrainer(PPOTrainerSync):
         self._tracking: LoggedTracking | None = None
         self._validation_samples: dict[str, Any] | None = None
         self._step_metrics: dict[str, Any] = {}
+        self._step_batch: KVBatchMeta | None = None
+        self._step_started = 0.0
+        self._unfinished: dict[str, Any] = {}
+        # verl's own rotation forgets at a restart what was saved before it, and does not know the best checkpoint.
+        self._keep, config.trainer.max_actor_ckpt_to_keep = config.trainer.max_actor_ckpt_to_keep, None
         super().__init__(config)
 
     # fit() creates verl's Tracking itself, by assigning self.logger; this is where the run's own file joins in.
@@ -61,7 +74,7 @@ class TrustRegionTrainer(PPOTrainerSync):
 
     @logger.setter
     def logger(self, tracking: Tracking) -> None:
-        self._tracking = LoggedTracking(tracking, self.log)
+        self._tracking = LoggedTracking(tracking, self.log, self._unfinished)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -76,11 +89,30 @@ class TrustRegionTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        self.log.forget_after(self.global_steps)
-        for path in (self.log.folder / "validation").glob("*.jsonl"):
-            if int(path.stem) > self.global_steps:
-                path.unlink()
+        self._restore_history(self.global_steps)
         self.log.event("initialized", step=self.global_steps, total_steps=self.total_training_steps)
+
+    def _restore_history(self, step: int) -> None:
+        """Metrics and validation samples as they were at ``step``; its validation is repeated if it had not ended."""
+        for path in (self.log.folder / "validation").glob("*.jsonl"):
+            if int(path.stem) > step:
+                path.unlink()
+        settings = self.config.trainer
+        folder = retention.step_folder(settings.default_local_dir, step)
+        own = settings.resume_mode == "auto" or (step > 0 and settings.resume_from_path == str(folder))
+        if not step or not own:
+            self.log.forget_after(-1)
+            return
+        line = read_metrics(self.log.folder).get(step, {})
+        if retention.is_complete(folder):
+            line = {**retention.metrics_of(folder), **line}
+        due = settings.test_freq > 0 and (step % settings.test_freq == 0 or step >= self.total_training_steps)
+        settings.val_before_train = due and not accuracies(line)
+        self.log.forget_after(step - 1)
+        if settings.val_before_train:
+            self._unfinished = line
+        else:
+            self.log.metrics(step, line)
 
     def on_validate_begin(self) -> None:
         self.log.event("validating", step=self.global_steps)
@@ -95,8 +127,9 @@ class TrustRegionTrainer(PPOTrainerSync):
         return super()._submit_batch_to_rollout(batch)
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
-        self._step_metrics = metrics
-        return super().step(metrics, timing_raw)
+        self._step_metrics, self._step_started = metrics, time.time()
+        self._step_batch = super().step(metrics, timing_raw)
+        return self._step_batch
 
     def _dump_generations(self, **samples: Any) -> None:
         if samples["dump_path"] == self.config.trainer.get("validation_data_dir"):
@@ -117,10 +150,26 @@ class TrustRegionTrainer(PPOTrainerSync):
         return metrics | aime_mean(metrics) | {"validation/missing_responses": max(expected - len(sample_uids), 0)}
 
     def _save_checkpoint(self) -> None:
-        # verl logs a step after saving it: after a kill in between, a resumed run would lack this step's metrics.
-        self.log.metrics(self.global_steps, self._step_metrics)
         self.log.event("saving", step=self.global_steps)
-        super()._save_checkpoint()
+        checkpoints = Path(self.config.trainer.default_local_dir)
+        folder = retention.step_folder(checkpoints, self.global_steps)
+        try:
+            retention.remove(folder)  # what an attempt that was killed left there
+            super()._save_checkpoint()
+            retention.complete(folder, self.global_steps, self._metrics_so_far())
+        except Exception as error:
+            raise _unsaved(folder, error) from error
+        scores = {step: validation_score(line) for step, line in read_metrics(self.log.folder).items()}
+        known = {step: score for step, score in scores.items() if score is not None}
+        retention.prune(checkpoints, self._keep, known)
+
+    def _metrics_so_far(self) -> dict[str, Any]:
+        """The step's metrics with what verl adds to them after saving and validating."""
+        metrics = dict(self._step_metrics)
+        timing = {**self.timing_raw, "step": time.time() - self._step_started}
+        epoch = (self.global_steps - 1) // self.steps_per_epoch
+        self._compute_metrics(self._step_batch, metrics, timing, global_steps=self.global_steps, epoch=epoch)
+        return metrics
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
@@ -162,13 +211,30 @@ class TrustRegionTrainer(PPOTrainerSync):
         return batch
 
     def _require_finite_gradient(self, metrics: dict) -> None:
-        """verl prints a non-finite gradient norm, skips the update and goes on; a run must not go on unnoticed."""
+        """On FSDP verl prints a non-finite gradient norm, skips the update and goes on; a run must not, unnoticed."""
         norm = metrics.get("actor/grad_norm")
         if norm is not None and not np.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient norm of step {self.global_steps} is {norm}: training stopped. "
                 "The last checkpoint is intact; a lower learning rate or run.dump_steps may show why."
             )
+
+
+def _unsaved(folder: Path, error: Exception) -> OSError:
+    """The error of a checkpoint that could not be written, after what there was of it has been removed."""
+    retention.remove(folder)
+    steps = retention.complete_steps(folder.parent)
+    last = (
+        f"the last complete one is {retention.step_folder(folder.parent, steps[-1])}" if steps else "there is none yet"
+    )
+    reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    disk = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(disk).free / 2**30
+    return OSError(
+        f"the checkpoint {folder} could not be written and was removed ({reason.strip()}); {last}. The disk has "
+        f"{free:.1f} GiB left. Make room (trainer.max_actor_ckpt_to_keep limits what a run keeps), then give the same "
+        "command with run.resume=true"
+    )
 
 
 def _column(batch: KVBatchMeta, field: str) -> list[Any]:

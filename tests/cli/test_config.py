@@ -177,6 +177,15 @@ REFUSED = [
     (["custom_reward_function.path=mine.py"], "set reward.custom_reward_function"),
     (["run.resume=true"], "run.resume=true, but there is no run"),
     (["run.name=a/b"], "a plain folder name is needed"),
+    (["run.resume=maybe"], "use true, false or auto"),
+    (["trainer.max_actor_ckpt_to_keep=0"], "give the number of newest checkpoints to keep, or null"),
+    (["+trainer.remove_previous_ckpt_in_save=true"], "use trainer.max_actor_ckpt_to_keep=1 instead"),
+    (["actor_rollout_ref.actor.checkpoint.async_save=true"], "cannot be told"),
+    (["trainer.logger=[console,file]"], "every resume empties verl's file"),
+    (["method._target_=no.such.Method"], "method._target_=no.such.Method cannot be imported"),
+    (["method._target_=pathlib.Path"], "is not a dataclass of settings"),
+    (["hydra.searchpath=[file:///x]"], "the path to verl's settings stands there"),
+    (["method.horizon=0"], "method.horizon must be 1 or more tokens, or null; got 0"),
 ]
 
 
@@ -192,6 +201,9 @@ def test_all_problems_are_reported_at_once(base):
 
 def test_run_name_in_use(base, tmp_path):
     (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".lock").touch()
+    validate(configuration.compose(base))  # killed before its first file
+    (tmp_path / "new" / "metrics.jsonl").touch()
     assert "run.name=new is in use" in refusal(base)
     OmegaConf.save(configuration.compose(base), tmp_path / "new/config.yaml", resolve=True)
     validate(configuration.compose([*base, "run.resume=true", "trainer.total_training_steps=50"]))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cppo_verl import retention
 from cppo_verl.checkpoints import CheckpointError, checkpoints_of, find, fingerprint
 
 
@@ -43,6 +44,19 @@ def test_every_way_to_name_a_checkpoint_of_a_run(run, below, step, backend):
     checkpoint = find(str(run / below))
     assert (checkpoint.step, checkpoint.backend, checkpoint.run) == (step, backend, run)
     assert checkpoint.name == f"step_{step}"
+
+
+def test_checkpoints_that_were_not_written_to_their_end_are_left_out(run):
+    """verl's own file names the latest one before validation; a kill may leave anything in it."""
+    retention.complete(run / "checkpoints/global_step_20", 20, {})
+    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("")
+    assert find(str(run)).step == 20
+    said = []
+    assert [checkpoint.step for checkpoint in checkpoints_of(run, said.append)] == [20]
+    assert [line.rsplit("/", 1)[1] for line in said] == [
+        "global_step_5 was not written to its end",
+        "global_step_10 was not written to its end",
+    ]
 
 
 def test_all_checkpoints_stand_in_order_of_their_steps(run, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas
 import psutil
 import pytest
-import torch
+from small_run import weights_of
 
 from cppo_verl.data.sources import AIME
 from cppo_verl.run_log import read_metrics
@@ -255,15 +255,9 @@ def test_a_seed_repeats_a_run_and_the_mask_changes_it(overrides, tmp_path):
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
-    weights = {name: final_weights(tmp_path / name / "checkpoints/global_step_2/actor") for name in runs}
+    weights = {name: weights_of(tmp_path / name / "checkpoints/global_step_2/actor") for name in runs}
     noise = (weights["first"] - weights["again"]).norm()
     effect = (weights["first"] - weights["open"]).norm()
     print(f"distance of the weights: repeated run {noise:.2e}, without the mask {effect:.2e}")
     assert effect > 100 * noise
     assert effect > 1e-3
-
-
-def final_weights(folder):
-    state = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False, map_location="cpu")
-    local = [value.to_local() if hasattr(value, "to_local") else value for value in state.values()]
-    return torch.cat([value.double().flatten() for value in local])

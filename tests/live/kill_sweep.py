@@ -1,0 +1,200 @@
+"""SIGKILL at random moments: a run that is killed and resumed against one that is not.
+
+    python tests/live/kill_sweep.py FOLDER [--kills 5] [--steps 12] [--seed 0]
+
+Each kill hits one process (driver, actor worker, vLLM server, raylet, launcher, in turn): one in five at a random time
+after that process is there, the others after all workers are ready. The same command with run.resume=auto goes on.
+FOLDER/result.jsonl gets one line per kill and one with the comparison. Given again after an interruption, the command
+goes on with the kills that are left.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from small_run import base_overrides, make_assets, weights_of
+
+from cppo_verl.run_log import read_lines, read_metrics
+
+CPPO = Path(sys.executable).parent / "cppo"
+
+# The process of a run that is killed, by a part of its command line or of the name it gives itself.
+TARGETS = {
+    "driver": "cppo_verl.adapters.main",
+    "actor worker": "ray::WorkerDict",
+    "vLLM server": "ray::TopKServer",
+    "raylet": "raylet/raylet",
+    "launcher": "bin/cppo train",
+}
+
+
+class Sweep:
+    def __init__(self, folder: Path, steps: int, extra: list[str]) -> None:
+        self.folder, self.steps = folder, steps
+        self.results = folder / "result.jsonl"
+        if not (folder / "assets" / "heldout.parquet").exists():
+            make_assets(folder / "assets")
+        dumps = ",".join(str(step) for step in range(1, steps + 1))
+        self.command = [
+            *(str(CPPO), "train", *base_overrides(folder / "assets")),
+            *("method.delta=0.004", "method.delta_b=0.0008", f"trainer.total_training_steps={steps}"),
+            *("trainer.save_freq=1", "trainer.test_freq=3", f"run.dump_steps=[{dumps}]"),
+            *(f"run.dir={folder}", "run.resume=auto", *extra),
+        ]
+
+    def run(self, name: str) -> int:
+        """To the end, without a kill."""
+        with open(self.folder / f"{name}.log", "a") as log:
+            return subprocess.call([*self.command, f"run.name={name}"], stdout=log, stderr=log)
+
+    def kill_once(self, name: str, target: str, ready: bool, delay: float) -> dict:
+        """Start or go on, kill ``target`` some seconds after it (``ready``: all workers) is there, wait for the end."""
+        run = self.folder / name
+        before = set(read_metrics(run))
+        with open(self.folder / f"{name}.log", "a") as log:
+            launcher = subprocess.Popen([*self.command, f"run.name={name}"], stdout=log, stderr=log)
+            try:
+                self._wait_for(lambda: processes(run, TARGETS[target]), launcher)
+                if ready:
+                    self._wait_for(
+                        lambda: any(event.startswith("initialized") for event in self._events(run)), launcher
+                    )
+                deadline = time.time() + delay
+                while time.time() < deadline and launcher.poll() is None:
+                    time.sleep(0.05)
+                phase = self._phase(run)
+                for process in processes(run, TARGETS[target]):
+                    process.send_signal(signal.SIGKILL)
+                killed = time.time()
+                status = launcher.wait(timeout=300)
+                seconds = time.time() - killed
+            finally:
+                launcher.kill()
+        time.sleep(15)  # the grace of processes whose launcher is gone
+        left = [process.pid for process in processes(run, "")]
+        return {
+            **{"kind": "kill", "target": target, "after": "workers are ready" if ready else "the process is there"},
+            **{"seconds": round(delay, 1), "phase": phase},
+            **{"steps_before": len(before), "steps_after": len(read_metrics(run)), "exit_status": status},
+            **{"seconds_to_end": round(seconds, 1), "processes_left": len(left)},
+        }
+
+    def _wait_for(self, condition: Callable[[], object], launcher: subprocess.Popen) -> None:
+        deadline = time.time() + 600
+        while not condition():
+            if launcher.poll() is not None:
+                raise RuntimeError(f"the run ended with {launcher.returncode} before it could be killed")
+            if time.time() > deadline:
+                raise TimeoutError("nothing to kill within 600 s")
+            time.sleep(0.2)
+
+    def _events(self, run: Path) -> list[str]:
+        """ "initialized 3" and the like, in order."""
+        path = run / "events.jsonl"
+        events = read_lines(path) if path.exists() else ()
+        return [" ".join(str(event[key]) for key in ("event", "step") if key in event) for event in events]
+
+    def _phase(self, run: Path) -> str:
+        return (self._events(run) or ["starting"])[-1]
+
+    def note(self, record: dict) -> None:
+        record = {**record, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+        print(json.dumps(record), flush=True)
+        with open(self.results, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def compare(self, unbroken: str, killed: str) -> dict:
+        """What the issue of resuming is about: every step once, the same tokens, the same weights."""
+        a, b = self.folder / unbroken, self.folder / killed
+        lines = [line["step"] for line in read_lines(b / "metrics.jsonl")]
+        last = a / f"checkpoints/global_step_{self.steps}/actor"
+        first, final = weights_of(a / "checkpoints/global_step_1/actor"), weights_of(last)
+        resumed = weights_of(b / last.relative_to(a))
+        steps = range(1, self.steps + 1)
+        one, two = ([row for step in steps for row in sampled(run / "dumps", step)] for run in (a, b))
+        return {
+            "kind": "comparison",
+            "steps": lines,
+            "every_step_once": lines == list(steps),
+            "largest_advantage": max(abs(value) for step in steps for value in advantages_of(a / "dumps", step)),
+            "responses": len(one),
+            "responses_equal": sum(x == y for x, y in zip(one, two, strict=True)),
+            "weights_moved": float((final - first).abs().max()),
+            "weights_differ": float((final - resumed).abs().max()),
+            "validations_equal": validations(a) == validations(b),
+        }
+
+
+def processes(run: Path, text: str) -> list[psutil.Process]:
+    """Processes of the run whose command line holds ``text``; with "" all that carry its tag."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+            own = process.environ().get("CPPO_RUN_FOLDER") == str(run)
+            if text in line and (own or (text == TARGETS["launcher"] and f"run.name={run.name}" in line)):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _dumps(folder: Path, step: int) -> list[dict]:
+    return [torch.load(path) for path in sorted((folder / f"step_{step}").glob("*.pt"))]
+
+
+def sampled(folder: Path, step: int) -> list[list[int]]:
+    """Every response's tokens of a step, in the order of the update."""
+    found = []
+    for dump in _dumps(folder, step):
+        found += [row[mask.bool()].tolist() for row, mask in zip(dump["responses"], dump["response_mask"], strict=True)]
+    return found
+
+
+def advantages_of(folder: Path, step: int) -> list[float]:
+    return [value for dump in _dumps(folder, step) for value in dump["advantages"].flatten().tolist()]
+
+
+def validations(run: Path) -> dict[int, dict[str, float]]:
+    """Validation accuracies by step."""
+    metrics = read_metrics(run)
+    return {step: {k: v for k, v in line.items() if k.startswith("val-core/")} for step, line in metrics.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=60.0, help="seconds within which a kill falls")
+    options = parser.parse_args()
+    options.folder = options.folder.absolute()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    sweep = Sweep(options.folder, options.steps, [])
+    if sweep.run("unbroken") != 0:
+        raise RuntimeError(f"the unbroken run failed: {options.folder}/unbroken.log")
+    moments = random.Random(options.seed)
+    plan = [
+        (list(TARGETS)[number % len(TARGETS)], moments.uniform(0, options.longest)) for number in range(options.kills)
+    ]
+    done = len([line for line in read_lines(sweep.results) if line["kind"] == "kill"]) if sweep.results.exists() else 0
+    for target, ready, delay in plan[done:]:
+        sweep.note(sweep.kill_once("killed", target, ready, delay))
+    if sweep.run("killed") != 0:
+        raise RuntimeError(f"the resumed run failed: {options.folder}/killed.log")
+    verdict = sweep.compare("unbroken", "killed")
+    sweep.note(verdict)
+    return 0 if verdict["every_step_once"] and verdict["weights_differ"] <= 1e-6 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
