@@ -33,6 +33,18 @@ validation. A killed evaluation goes on where it was when the same command is gi
 """
 
 
+_MERGE_HELP = """\
+CHECKPOINT is a run folder (its latest checkpoint), one of its checkpoints/global_step_N, or verl's folder of shards.
+"""
+
+
+_DOCTOR_HELP = """\
+Without overrides the machine and the installation are examined; with those of a run (recipe=..., data.train_files=...)
+its settings, data, model and disk as well. Exit status: 0 when nothing FAILs, 1 otherwise, 2 for overrides that cannot
+be composed.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status (2: a setting is wrong)."""
     parser = _parser()
@@ -63,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="compose, check and print the configuration, then stop")
     _add_prepare_arguments(add("prepare", _prepare, "make verl's data files from the hub or from files", _PREPARE_HELP))
     _add_eval_arguments(add("eval", _eval, "sample a checkpoint and report Avg@k with its errors", _EVAL_HELP))
+    merge = add("merge", _merge, "make a Hugging Face folder with a model card of a checkpoint", _MERGE_HELP)
+    merge.add_argument("checkpoint", metavar="CHECKPOINT")
+    merge.add_argument("--out", type=Path, metavar="FOLDER", help="default: global_step_N/merged")
     report = add("report", _report, "recompute an evaluation's numbers from its samples")
     report.add_argument("evaluation", type=Path, help="folder of an evaluation")
     report.add_argument("--regrade", action="store_true", help="grade the kept responses again first")
@@ -81,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what to compare with (default: all); write -- before overrides that follow",
     )
     bench.add_argument("--vocabulary", type=int, help="use a tiny random model with this many tokens, e.g. 151936")
+    doctor = add("doctor", _doctor, "check machine, installation and a run's files", _DOCTOR_HELP)
+    doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as for train")
+    doctor.add_argument("--no-ray", dest="ray", action="store_false", help="neither start nor join Ray")
+    doctor.add_argument("--json", action="store_true", help="one JSON object a line")
     plot = add("plot", _plot, "draw the plots of a run folder")
     plot.add_argument("folder", type=Path, metavar="RUN", help="run folder")
     return parser
@@ -183,6 +202,16 @@ def _eval(options: argparse.Namespace) -> int:
     return _refusing("eval", lambda: run(options.checkpoint, Options(**chosen), ["cppo", *sys.argv[1:]]))
 
 
+def _merge(options: argparse.Namespace) -> int:
+    from cppo_verl.checkpoints import export, find
+
+    def merge() -> int:
+        print(export(find(options.checkpoint), options.out, say=print))
+        return 0
+
+    return _refusing("merge", merge)
+
+
 def _report(options: argparse.Namespace) -> int:
     from cppo_verl.evaluation.command import report
 
@@ -262,6 +291,15 @@ def _wide_model(vocabulary: int) -> tuple[Path, int]:
         build_model(shape, tokenizer, seed=0).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder, 4 * vocabulary * shape.hidden_size // 2**20 + 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from cppo_verl.doctor import doctor
+
+    try:
+        return doctor(options.overrides, ray=options.ray, as_json=options.json)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _plot(options: argparse.Namespace) -> int:
