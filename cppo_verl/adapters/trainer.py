@@ -151,17 +151,20 @@ class TrustRegionTrainer(PPOTrainerSync):
 
     def _save_checkpoint(self) -> None:
         self.log.event("saving", step=self.global_steps)
-        checkpoints = Path(self.config.trainer.default_local_dir)
-        folder = retention.step_folder(checkpoints, self.global_steps)
+        self._prune()  # room for the new one
+        folder = retention.step_folder(self.config.trainer.default_local_dir, self.global_steps)
         try:
             retention.remove(folder)  # what an attempt that was killed left there
             super()._save_checkpoint()
             retention.complete(folder, self.global_steps, self._metrics_so_far())
         except Exception as error:
             raise _unsaved(folder, error) from error
+        self._prune()
+
+    def _prune(self) -> None:
         scores = {step: validation_score(line) for step, line in read_metrics(self.log.folder).items()}
         known = {step: score for step, score in scores.items() if score is not None}
-        retention.prune(checkpoints, self._keep, known)
+        retention.prune(self.config.trainer.default_local_dir, self._keep, known)
 
     def _metrics_so_far(self) -> dict[str, Any]:
         """The step's metrics with what verl adds to them after saving and validating."""

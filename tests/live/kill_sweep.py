@@ -9,6 +9,7 @@ goes on with the kills that are left.
 """
 
 import argparse
+import itertools
 import json
 import random
 import signal
@@ -22,6 +23,7 @@ import psutil
 import torch
 from small_run import base_overrides, make_assets, weights_of
 
+from cppo_verl import retention
 from cppo_verl.run_log import read_lines, read_metrics
 
 CPPO = Path(sys.executable).parent / "cppo"
@@ -51,7 +53,9 @@ class Sweep:
         ]
 
     def run(self, name: str) -> int:
-        """To the end, without a kill."""
+        """To the end, without a kill; returns the exit status."""
+        if self.steps in retention.complete_steps(self.folder / name / "checkpoints"):
+            return 0
         with open(self.folder / f"{name}.log", "a") as log:
             return subprocess.call([*self.command, f"run.name={name}"], stdout=log, stderr=log)
 
@@ -183,10 +187,10 @@ def main() -> int:
     if sweep.run("unbroken") != 0:
         raise RuntimeError(f"the unbroken run failed: {options.folder}/unbroken.log")
     moments = random.Random(options.seed)
-    plan = [
-        (list(TARGETS)[number % len(TARGETS)], moments.uniform(0, options.longest)) for number in range(options.kills)
-    ]
-    done = len([line for line in read_lines(sweep.results) if line["kind"] == "kill"]) if sweep.results.exists() else 0
+    times = [(moments.random() < 0.8, moments.uniform(0, options.longest)) for _ in range(options.kills)]
+    plan = [(target, *moment) for target, moment in zip(itertools.cycle(TARGETS), times, strict=False)]
+    records = read_lines(sweep.results) if sweep.results.exists() else ()
+    done = sum(record["kind"] == "kill" for record in records)
     for target, ready, delay in plan[done:]:
         sweep.note(sweep.kill_once("killed", target, ready, delay))
     if sweep.run("killed") != 0:

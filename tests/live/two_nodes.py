@@ -27,6 +27,14 @@ HOSTS = ("cppo-host-a", "cppo-host-b")
 ADDRESSES = ("10.231.7.1", "10.231.7.2")
 PORT = 6379
 
+# Of raylets and of what joins them. Ray 2.60 asks for a token on nodes where another Ray has left one.
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "GLOO_SOCKET_IFNAME": "eth0",
+}
+
 
 def refusal() -> str | None:
     """Why this machine cannot have two network namespaces, or None."""
@@ -73,7 +81,7 @@ def on_host(number: int, *command: str | Path) -> list[str]:
 def ray_cluster(log: Path, wait: float = 120) -> Iterator[str]:
     """A raylet on each host; yields the cluster's address when both have joined."""
     address = f"{ADDRESSES[0]}:{PORT}"
-    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, **ENVIRONMENT}
     sizes = ("--num-cpus=32", "--num-gpus=1", "--object-store-memory=300000000", "--disable-usage-stats", "--block")
     places = (("--head", f"--port={PORT}", "--include-dashboard=false"), (f"--address={address}",))
     nodes = []
@@ -98,7 +106,8 @@ def ray_cluster(log: Path, wait: float = 120) -> Iterator[str]:
 def _until_joined(address: str, count: int, deadline: float) -> None:
     script = f"import ray; ray.init('{address}', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
     while True:
-        seen = subprocess.run(on_host(0, sys.executable, "-c", script), capture_output=True, text=True)
+        command = on_host(0, sys.executable, "-c", script)
+        seen = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
         if seen.stdout.strip().endswith(str(count)):
             return
         if time.time() > deadline:
@@ -157,7 +166,7 @@ def main() -> int:
         with two_hosts(), ray_cluster(folder / "ray.log") as address:
             split = [f"ray_kwargs.ray_init.address={address}", "trainer.nnodes=2", "trainer.n_gpus_per_node=1"]
             settings = [*overrides_of(folder, assets, two.name, options.steps), *split]
-            train(settings, folder / "two-nodes.log", on_host(0), {"GLOO_SOCKET_IFNAME": "eth0"})
+            train(settings, folder / "two-nodes.log", on_host(0), ENVIRONMENT)
     if len(read_metrics(one)) < options.steps:
         settings = [*overrides_of(folder, assets, one.name, options.steps), "trainer.n_gpus_per_node=2"]
         train(settings, folder / "one-node.log", [], {})
