@@ -37,7 +37,7 @@ _FULL = 1 << 20
 
 # Ray puts "(TaskRunner pid=123)", coloured, before every line of a worker.
 _RAY_PREFIX = re.compile(r"^(\x1b\[\d+m)?\([^)]*\)(\x1b\[0m)?\s*")
-_EXCEPTION = re.compile(r"^((?!ray\.)[\w.]*(?:Error|Exception): \S.{0,300})$")
+_EXCEPTION = re.compile(r"^((?!ray\.exceptions\.RayTaskError)[\w.]*(?:Error|Exception): \S.{0,300})$")
 
 
 class RunDisplay:
@@ -219,9 +219,13 @@ def first_errors(log: Path, limit: int = 3) -> list[tuple[str, int]]:
     counts: dict[str, int] = {}
     if log.exists():
         with open(log, errors="replace") as file:
-            for line in file:
-                if match := _EXCEPTION.match(_RAY_PREFIX.sub("", line)):
-                    counts[match[1]] = counts.get(match[1], 0) + 1
+            lines = (_RAY_PREFIX.sub("", line) for line in file)
+            for line in lines:
+                if match := _EXCEPTION.match(line):
+                    error = match[1]
+                    if error.startswith("ray.exceptions.Actor"):  # which one stands in the next line
+                        error += f" ({next(lines, '').strip()})"
+                    counts[error] = counts.get(error, 0) + 1
     return list(counts.items())[:limit]
 
 

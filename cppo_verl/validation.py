@@ -21,16 +21,27 @@ from cppo_verl.config import ConfigError, run_folder
 from cppo_verl.methods import DIVERGENCES
 
 
-def validate(config: DictConfig) -> None:
-    """Raise ConfigError listing every problem found. Imports torch (to build the method), never verl or Ray."""
+class Absent(str):
+    """A problem that is none on a machine which has the file."""
+
+
+def validate(config: DictConfig, planned: bool = False) -> list[str]:
+    """Raise ConfigError listing every problem found. Imports torch (to build the method), never verl or Ray.
+
+    Args:
+        planned: the run is for another machine; files that are absent here are returned instead.
+    """
     problems: list[str] = []
     for check in _CHECKS:
         try:
             problems += check(config)
         except (OmegaConfBaseException, TypeError) as error:  # a value of a type that cannot be compared, e.g. null
             problems.append(f"a setting has a value of the wrong type: {str(error).splitlines()[0]}")
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    problems = list(dict.fromkeys(problems))
+    absent: list[str] = [problem for problem in problems if planned and isinstance(problem, Absent)]
+    if len(problems) > len(absent):
+        raise ConfigError("\n".join(problem for problem in problems if problem not in absent))
+    return absent
 
 
 def _check_method(config: DictConfig) -> Iterator[str]:
@@ -237,9 +248,9 @@ def _check_model(config: DictConfig) -> Iterator[str]:
         if not (path / "config.json").is_file():
             yield f"actor_rollout_ref.model.path={model.path} has no config.json: not a Hugging Face model folder"
     elif path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
-        yield f"actor_rollout_ref.model.path={model.path} does not exist"
+        yield Absent(f"actor_rollout_ref.model.path={model.path} does not exist")
     elif os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(model.path):
-        yield f"actor_rollout_ref.model.path={model.path} is not in the local hub cache, and HF_HUB_OFFLINE=1"
+        yield Absent(f"actor_rollout_ref.model.path={model.path} is not in the local hub cache, and HF_HUB_OFFLINE=1")
 
 
 def _in_hub_cache(repository: str) -> bool:
@@ -264,7 +275,8 @@ def _check_data(config: DictConfig) -> Iterator[str]:
             problem, count = inspect_data_file(Path(file), config.data.prompt_key)
             rows += count
             if problem:
-                yield f"data.{key}: {file} {problem}"
+                text = f"data.{key}: {file} {problem}"
+                yield text if Path(file).exists() else Absent(f"{text}; cppo prepare makes data files")
         if rows and rows < needed:
             yield f"data.{key} holds {rows} problems, fewer than one batch (data.train_batch_size={needed})"
 
