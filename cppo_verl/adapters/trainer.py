@@ -103,16 +103,17 @@ class TrustRegionTrainer(PPOTrainerSync):
         if not step or not own:
             self.log.forget_after(-1)
             return
-        line = read_metrics(self.log.folder).get(step, {})
-        if retention.is_complete(folder):
-            line = {**retention.metrics_of(folder), **line}
+        logged = read_metrics(self.log.folder).get(step, {})
+        saved = retention.metrics_of(folder) if retention.is_complete(folder) else {}
         due = settings.test_freq > 0 and (step % settings.test_freq == 0 or step >= self.total_training_steps)
-        settings.val_before_train = due and not accuracies(line)
-        self.log.forget_after(step - 1)
+        settings.val_before_train = due and not accuracies(logged)
         if settings.val_before_train:
-            self._unfinished = line
+            self.log.forget_after(step - 1)
+            self._unfinished = {**saved, **logged}
         else:
-            self.log.metrics(step, line)
+            self.log.forget_after(step)
+            if not logged:
+                self.log.metrics(step, saved)
 
     def on_validate_begin(self) -> None:
         self.log.event("validating", step=self.global_steps)

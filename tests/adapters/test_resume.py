@@ -64,6 +64,7 @@ def test_later_steps_are_forgotten_and_nothing_is_validated_twice(run):
     assert [line["step"] for line in resumed.lines] == [0, 1, 2, 3, 4]
     assert not resumed.validates
     assert resumed.lines[-1]["val-core/x/acc/mean@16"] == 0.5
+    assert "saved" not in resumed.lines[-1]  # as verl logged it
     assert sorted(path.stem for path in (run / "validation").iterdir()) == ["0", "4"]
 
 

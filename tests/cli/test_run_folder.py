@@ -117,3 +117,14 @@ def test_failure_shows_what_came_first(run, capsys):
     assert "earlier: RuntimeError: the reward is broken (3x)" in output
     assert "wall" not in output
     assert output.count("earlier") == 1
+
+
+def test_failure_names_the_actor_that_died(run, capsys):
+    died = "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task."
+    (run / "log").write_text(
+        f"(AgentLoopWorkerTQ pid=7) {died}\n(AgentLoopWorkerTQ pid=7) \tclass_name: TopKServer\n" * 2
+    )
+    display = RunDisplay(run, run / "log")
+    display.event({"event": "failed", "error": "RuntimeError", "message": "no trajectories"})
+    display.failure(1)
+    assert f"earlier: {died} (class_name: TopKServer) (2x)" in capsys.readouterr().out
