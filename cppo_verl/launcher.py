@@ -79,6 +79,12 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -> int:
+    for stale, pids, size in stale_processes():
+        print(
+            f"cppo: {len(pids)} processes of the earlier run {stale} are still there, with {size / 2**30:.1f} GiB of "
+            f"memory; to end them: kill {' '.join(map(str, pids))}",
+            file=sys.stderr,
+        )
     log_file = prepare_folder(config, folder, command)
     display = RunDisplay(folder, log_file)
     status = supervise(module, folder, log_file, environment(config), folder / METRICS, display)
@@ -256,6 +262,37 @@ def _tagged(tag: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def stale_processes() -> list[tuple[Path, list[int], int]]:
+    """(run folder, process ids, bytes of memory) of every run whose launcher is gone while processes are not.
+
+    A run's processes carry its tag and folder in their environment; its launcher holds a lock on the folder. Other
+    users' processes are not seen.
+    """
+    sizes: dict[Path, dict[int, int]] = {}
+    for process in psutil.process_iter():
+        try:
+            variables = process.environ()
+            if process.pid == os.getpid() or not {_RUN_TAG, "CPPO_RUN_FOLDER"} <= variables.keys():
+                continue
+            size = process.memory_full_info().pss  # shared pages count once over all processes
+        except (psutil.Error, OSError):
+            continue
+        sizes.setdefault(Path(variables["CPPO_RUN_FOLDER"]), {})[process.pid] = size
+    return [(folder, sorted(run), sum(run.values())) for folder, run in sorted(sizes.items()) if not _owned(folder)]
+
+
+def _owned(folder: Path) -> bool:
+    """Whether a launcher holds the run folder; also true where that cannot be told."""
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _quietly(action: Any) -> None:

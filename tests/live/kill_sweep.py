@@ -24,7 +24,7 @@ import torch
 from small_run import base_overrides, make_assets, weights_of
 
 from cppo_verl import retention
-from cppo_verl.run_log import read_lines, read_metrics
+from cppo_verl.run_log import accuracies, read_lines, read_metrics
 
 CPPO = Path(sys.executable).parent / "cppo"
 
@@ -48,7 +48,13 @@ class Sweep:
         self.command = [
             *(str(CPPO), "train", *base_overrides(folder / "assets")),
             *("method.delta=0.004", "method.delta_b=0.0008", f"trainer.total_training_steps={steps}"),
-            *("trainer.save_freq=1", "trainer.test_freq=3", f"run.dump_steps=[{dumps}]"),
+            # Adam turns rounding into steps of the learning rate where a gradient is as small as that.
+            *(
+                "actor_rollout_ref.actor.optim.lr=1e-4",
+                "trainer.save_freq=1",
+                "trainer.test_freq=3",
+                f"run.dump_steps=[{dumps}]",
+            ),
             *(f"run.dir={folder}", "run.resume=auto", *extra),
         ]
 
@@ -63,6 +69,7 @@ class Sweep:
         """Start or go on, kill ``target`` some seconds after it (``ready``: all workers) is there, wait for the end."""
         run = self.folder / name
         before = set(read_metrics(run))
+        (run / "events.jsonl").unlink(missing_ok=True)  # of the attempt before
         with open(self.folder / f"{name}.log", "a") as log:
             launcher = subprocess.Popen([*self.command, f"run.name={name}"], stdout=log, stderr=log)
             try:
@@ -133,6 +140,7 @@ class Sweep:
             "responses_equal": sum(x == y for x, y in zip(one, two, strict=True)),
             "weights_moved": float((final - first).abs().max()),
             "weights_differ": float((final - resumed).abs().max()),
+            "weights_differ_relative_norm": float((final - resumed).norm() / final.norm()),
             "validations_equal": validations(a) == validations(b),
         }
 
@@ -169,8 +177,7 @@ def advantages_of(folder: Path, step: int) -> list[float]:
 
 def validations(run: Path) -> dict[int, dict[str, float]]:
     """Validation accuracies by step."""
-    metrics = read_metrics(run)
-    return {step: {k: v for k, v in line.items() if k.startswith("val-core/")} for step, line in metrics.items()}
+    return {step: dict(accuracies(line).values()) for step, line in read_metrics(run).items()}
 
 
 def main() -> int:
