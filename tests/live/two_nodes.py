@@ -12,12 +12,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from kill_sweep import processes
 from scipy.stats import t as student
 
 from cppo_verl.run_log import read_metrics
@@ -101,6 +103,27 @@ def ray_cluster(log: Path, wait: float = 120) -> Iterator[str]:
             node.terminate()
         for node in nodes:
             node.wait(timeout=60)
+
+
+@contextmanager
+def namespaces_of(run: Path, title: str) -> Iterator[set[str]]:
+    """The network namespaces in which processes of the run with this title are seen meanwhile."""
+    found: set[str] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(2):
+            for process in processes(run, title):
+                with suppress(OSError):
+                    found.add(os.readlink(f"/proc/{process.pid}/ns/net"))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
 
 
 def _until_joined(address: str, count: int, deadline: float) -> None:
