@@ -143,14 +143,19 @@ def _positive(text: str) -> int:
     return number
 
 
-def _checked(command: str, overrides: list[str]) -> "DictConfig | None":
-    """The composed configuration, or None after its problems were printed."""
+def _checked(command: str, overrides: list[str], planned: bool = False) -> "DictConfig | None":
+    """The composed configuration, or None after its problems were printed.
+
+    Args:
+        planned: the run is for another machine: what is absent on this one is printed as well, but refuses nothing.
+    """
     from cppo_verl.config import ConfigError, compose
     from cppo_verl.validation import validate
 
     try:
         config = compose(overrides)
-        validate(config)
+        for absent in validate(config, planned):
+            print(f"cppo {command}: not on this machine: {absent}", file=sys.stderr)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"cppo {command}: {line}", file=sys.stderr)
@@ -159,13 +164,17 @@ def _checked(command: str, overrides: list[str]) -> "DictConfig | None":
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = _checked("train", options.overrides)
+    config = _checked("train", options.overrides, planned=options.dry_run)
     if config is None:
         return 2
     if options.dry_run:
         from omegaconf import OmegaConf
 
+        from cppo_verl.dry_run import report
+
         print(OmegaConf.to_yaml(config, resolve=True))
+        for line in report(config):
+            print(f"# {line}")
         print(f"# checked: {config.method.name} over {config.divergence.name}; nothing was started", file=sys.stderr)
         return 0
     from cppo_verl.launcher import launch
