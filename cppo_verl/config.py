@@ -39,7 +39,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     if not any(override.startswith("platform=") for override in overrides):
         chosen.append(f"platform={'gpu' if has_gpu() else 'cpu'}")
     # The same folder as pkg://verl.trainer.config, found without importing verl (5 s).
-    chosen.append(f"hydra.searchpath=['file://{_verl_config_dir()}']")
+    chosen.append(f"hydra.searchpath=['file://{verl_config_dir()}']")
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
             config = hydra_compose("train", overrides=chosen)
@@ -68,7 +68,7 @@ def _check_choice(override: str) -> None:
         raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(choices(group))}")
 
 
-def _verl_config_dir() -> Path:
+def verl_config_dir() -> Path:
     spec = importlib.util.find_spec("verl")
     if spec is None or spec.origin is None:
         raise ConfigError("verl is not installed; run scripts/setup.sh")

@@ -15,7 +15,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from cppo_verl.config import _verl_config_dir, config_dir
+from cppo_verl.config import config_dir, verl_config_dir
 from cppo_verl.memory import GIB, Estimate, Layout, Model, checkpoint_bytes, estimate, key_value_bytes, vllm_weights
 from cppo_verl.validation import inspect_data_file
 
@@ -33,7 +33,7 @@ def report(config: DictConfig) -> Iterator[str]:
     """The sections as lines, without comment signs."""
     strategy = config.actor_rollout_ref.actor.strategy
     engine = _ENGINES.get(strategy, strategy)
-    with initialize_config_dir(str(_verl_config_dir()), version_base=None):
+    with initialize_config_dir(str(verl_config_dir()), version_base=None):
         verl = compose("ppo_trainer", overrides=[f"model_engine={engine}"])
     yield f"difference from verl's defaults (ppo_trainer, model_engine={engine})"
     yield from _indented(difference(config, verl))
@@ -72,10 +72,10 @@ def find_model(settings: DictConfig) -> tuple[Model | None, str]:
     cached = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
     for file in (Path(path) / "config.json", cached, facts if owner == "Qwen" else None):
         if isinstance(file, (str, Path)) and Path(file).is_file():
-            facts_of = json.loads(Path(file).read_text())
-            model = Model.from_config(facts_of)
+            shape = json.loads(Path(file).read_text())
+            model = Model.from_config(shape)
             if model is None:
-                return None, f"{path} (model_type {facts_of.get('model_type')}) is not one that is counted exactly"
+                return None, f"{path} (model_type {shape.get('model_type')}) is not one that is counted exactly"
             return (
                 model,
                 f"{model.parameters:,} parameters by {'configs/facts/' + facts.name if file == facts else file}",
@@ -191,7 +191,8 @@ def derived(config: DictConfig, model: Model | None) -> dict[str, str]:
         result["samples per validation"] = f"{samples:,} ({problems:,} problems x {rollout.val_kwargs.n})"
     if model is not None:
         one, saves = checkpoint_bytes(config, model), saves_of(config, steps)
-        kept = min(saves, config.trainer.max_actor_ckpt_to_keep or saves)
+        newest = config.trainer.max_actor_ckpt_to_keep
+        kept = saves if newest is None else min(saves, newest + 1)  # and the best one
         result["checkpoint"] = f"{_size(one)} ({', '.join(actor.checkpoint.save_contents)})"
         result["disk for checkpoints"] = f"{_size(kept * one)} ({kept} kept of {saves} saved)"
     return result
@@ -207,8 +208,10 @@ def _micro_batches(config: DictConfig, layout: Layout) -> str:
 
 def _size(count: float) -> str:
     """Of a disk or a network: decimal units."""
-    unit, scale = next((unit, scale) for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 0)) if count >= scale)
-    return f"{count / (scale or 1e6):,.3g} {unit}"
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e6:.3g} MB"
 
 
 def _cache(config: DictConfig, model: Model, card: float | None) -> Iterator[str]:
@@ -258,7 +261,7 @@ def unknown_fields(config: DictConfig, verl: DictConfig) -> Iterator[str]:
 @lru_cache(maxsize=1)
 def _dataclasses() -> dict[str, tuple[list[str], set[str]]]:
     """(bases, own fields) of the classes in verl's config modules, read without importing verl."""
-    root, found = _verl_config_dir().parents[1], {}
+    root, found = verl_config_dir().parents[1], {}
     for file in (
         *root.glob("workers/config/*.py"),
         *root.glob("trainer/config/*.py"),

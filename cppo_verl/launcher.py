@@ -23,7 +23,7 @@ from cppo_verl.manifest import manifest
 from cppo_verl.run_log import EVENTS, METRICS, write_atomically
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
-_RUN_TAG = "CPPO_RUN_TAG"
+RUN_TAG = "CPPO_RUN_TAG"
 
 _MANIFEST = "manifest.json"
 
@@ -106,7 +106,7 @@ def supervise(module: str, folder: Path, log_file: Path, environment: dict[str, 
     process = None
     with _termination_as_interrupt(), open(log_file, "ab") as log:
         try:
-            process = _start(module, folder, log, {**environment, _RUN_TAG: tag})
+            process = start(module, [str(folder)], log, {**environment, RUN_TAG: tag})
             with display:
                 status = _follow(process, folder, lines, display)
         except KeyboardInterrupt:
@@ -149,7 +149,7 @@ def environment(config: DictConfig, tag: str | None = None) -> dict[str, str]:
     if attempts := _attempts(folder):
         tracking["WANDB_RUN_ID"] = attempts[0]["tracking_id"]
     variables = process_environment(config.trainer.device == "cpu", str(config.actor_rollout_ref.model.path))
-    return {**tracking, **variables, "CPPO_RUN_FOLDER": str(folder), **({_RUN_TAG: tag} if tag else {})}
+    return {**tracking, **variables, "CPPO_RUN_FOLDER": str(folder), **({RUN_TAG: tag} if tag else {})}
 
 
 def process_environment(on_cpu: bool, model: str) -> dict[str, str]:
@@ -161,8 +161,9 @@ def process_environment(on_cpu: bool, model: str) -> dict[str, str]:
     return {**defaults, **os.environ}
 
 
-def _start(module: str, folder: Path, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", module, str(folder)]
+def start(module: str, arguments: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """``python -m module arguments``, tied to this process; its output goes to ``log``."""
+    command = [sys.executable, "-m", module, *arguments]
     # A session of its own: Ctrl-C reaches the launcher only, which ends the run in order.
     return subprocess.Popen(
         command,
@@ -257,7 +258,7 @@ def _tagged(tag: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(_RUN_TAG) == tag:
+            if process.pid != os.getpid() and process.environ().get(RUN_TAG) == tag:
                 found.append(process)
         except psutil.Error:
             continue
@@ -274,7 +275,7 @@ def stale_processes() -> list[tuple[Path, list[int], int]]:
     for process in psutil.process_iter():
         try:
             variables = process.environ()
-            if process.pid == os.getpid() or not {_RUN_TAG, "CPPO_RUN_FOLDER"} <= variables.keys():
+            if process.pid == os.getpid() or not {RUN_TAG, "CPPO_RUN_FOLDER"} <= variables.keys():
                 continue
             size = process.memory_full_info().pss  # shared pages count once over all processes
         except (psutil.Error, OSError):

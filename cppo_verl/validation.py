@@ -386,14 +386,14 @@ def _check_logger(config: DictConfig) -> Iterator[str]:
     loggers = [loggers] if isinstance(loggers, str) else list(loggers or ())
     if "file" in loggers:
         yield "trainer.logger=file: every resume empties verl's file; the run folder's metrics.jsonl has the same names"
-    if "wandb" in loggers and not _wandb_can_start():
+    if "wandb" in loggers and not wandb_can_start():
         yield (
             "trainer.logger has wandb, but there is no login: run wandb login, or set WANDB_API_KEY, or set "
             "WANDB_MODE=offline (wandb sync uploads the run folder's wandb/ later)"
         )
 
 
-def _wandb_can_start() -> bool:
+def wandb_can_start() -> bool:
     if os.environ.get("WANDB_MODE", "online") != "online" or os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname

@@ -127,28 +127,19 @@ def probe(what: str, subject: Subject) -> Iterator[Finding]:
     """
     from omegaconf import OmegaConf
 
-    from cppo_verl import lifeline
-    from cppo_verl.launcher import _RUN_TAG, end_run, process_environment
+    from cppo_verl.launcher import RUN_TAG, end_run, process_environment, start
 
     tag = uuid.uuid4().hex
-    environment = {**process_environment(subject.on_cpu, str(subject.model)), _RUN_TAG: tag}
+    environment = {**process_environment(subject.on_cpu, str(subject.model)), RUN_TAG: tag}
     environment.pop("CPPO_RUN_FOLDER", None)
     with tempfile.TemporaryDirectory(prefix="cppo-doctor-") as name:
         folder = Path(name)
         OmegaConf.save(subject.config, folder / "config.yaml", resolve=True)
-        command = [sys.executable, "-m", "cppo_verl.adapters.probe", what, name]
+        arguments = [what, name, "run"] if subject.described else [what, name]
         process = None
         try:
             with open(folder / "log", "wb") as log:
-                process = subprocess.Popen(
-                    [*command, "run"] if subject.described else command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=environment,
-                    start_new_session=True,
-                    preexec_fn=lifeline.tie,
-                )
+                process = start("cppo_verl.adapters.probe", arguments, log, environment)
             yield from _follow(process, folder)
         finally:
             end_run(process, tag, patience=0)

@@ -241,14 +241,14 @@ def check_data(subject: Subject) -> Iterator[Finding]:
 
 def check_wandb(subject: Subject) -> Iterator[Finding]:
     """Only whether a login is there; its worth shows when the run starts."""
-    from cppo_verl.validation import _wandb_can_start
+    from cppo_verl.validation import wandb_can_start
 
     logger = subject.config.trainer.logger
     if "wandb" not in ([logger] if isinstance(logger, str) else logger or []):
         yield skip("not among trainer.logger")
     elif importlib.util.find_spec("wandb") is None:
         yield fail("not installed", f"{sys.executable} -m pip install wandb, or trainer.logger=[console]")
-    elif _wandb_can_start():
+    elif wandb_can_start():
         yield ok("there is a login, or WANDB_MODE says that none is needed")
     else:
         yield fail("no login", "wandb login, or WANDB_API_KEY=..., or WANDB_MODE=offline (wandb sync later)")

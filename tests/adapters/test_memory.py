@@ -247,7 +247,9 @@ def assert_agrees(name, case, found, folder, world):
     print(name, "  ".join(f"{part} {expected[part]:.0f} / {found[part]}" for part in expected))
     for part in ("weights", "gradients", "optimizer"):
         assert expected[part] == pytest.approx(found[part], rel=0.05), part
-    assert expected["activations"] == pytest.approx(found["activations"], rel=0.10)
+    # Where they are large beside the weights, those gathered meanwhile hardly count: one saved tensor too many shows.
+    close = 0.04 if found["activations"] > 8 * found["weights"] else 0.10
+    assert expected["activations"] == pytest.approx(found["activations"], rel=close)
     if "checkpoint" in found:
         assert checkpoint_bytes(config, facts) == pytest.approx(found["checkpoint"], rel=0.05)
 

@@ -39,10 +39,14 @@ FAKES = {
         if [[ $* == *--head* ]]; then role=head; else role=worker; fi
         trap 'note "$role ended"; exit 1' TERM
         joining=${FAKE_TASKS:-1}
+        if [[ $role == "${FAKE_RAY_ENDS:-}" ]]; then
+          note "ray $* RAY_ADDRESS=${RAY_ADDRESS:-none} ROCR=${ROCR_VISIBLE_DEVICES:-none} token=${#RAY_AUTH_TOKEN}"
+          echo "no memory" >&2
+          exit 1
+        fi
         if [[ $role == worker ]]; then joining=${FAKE_WORKERS_JOIN:-$joining}; fi
         echo $(($(cat "$FAKE/joined" 2>/dev/null || echo 0) + joining)) >"$FAKE/joined"
         note "ray $* RAY_ADDRESS=${RAY_ADDRESS:-none} ROCR=${ROCR_VISIBLE_DEVICES:-none} token=${#RAY_AUTH_TOKEN}"
-        if [[ $role == "${FAKE_RAY_ENDS:-}" ]]; then echo 1 >"$FAKE/joined"; echo "no memory" >&2; exit 1; fi
         while :; do sleep 1; done""",
     "cppo": """trap 'note "run ended in order"; exit 130' TERM
         note "cppo $* RAY_ADDRESS=$RAY_ADDRESS mode=$RAY_AUTH_MODE in=$PWD"

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from cppo_verl.cli import main
-from cppo_verl.config import _verl_config_dir, compose
+from cppo_verl.config import compose, verl_config_dir
 from cppo_verl.dry_run import find_model, warnings
 from cppo_verl.memory import GIB, estimate
 
@@ -106,7 +106,7 @@ def test_every_difference_is_listed_once(printed, name, defaults):
     assert len(keys) == len(set(keys))
     config = OmegaConf.to_container(compose([*recipe(name), "run.name=dry"]), resolve=True)
     ours = flat(config)
-    verl = flat(OmegaConf.to_container(OmegaConf.load(_verl_config_dir() / f"{defaults}.yaml"), resolve=True))
+    verl = flat(OmegaConf.to_container(OmegaConf.load(verl_config_dir() / f"{defaults}.yaml"), resolve=True))
     expected = {key for key, value in ours.items() if key not in verl or verl[key] != value} - {"model_engine"}
     # Nodes that refer to one of ours are one line each.
     for node in (f"{ACTOR}.policy_loss.method", f"{ACTOR}.policy_loss.divergence", "divergence.thresholds"):
@@ -129,8 +129,8 @@ def test_known_differences(printed):
 
 # Table 3's numbers multiplied out by hand: responses, updates, optimizer steps, tokens, queue, checkpoints, disk.
 DERIVED = {
-    "qwen3_1.7b": ("512", "2", "2,240", "4,718,592", "671 MB", "20.6 GB", "41.3 GB (2 kept of 112 saved)", "14.34"),
-    "qwen3_1.7b_base": ("512", "2", "1,360", "4,718,592", "671 MB", "20.6 GB", "41.3 GB (2 kept of 68 saved)", "8.70"),
+    "qwen3_1.7b": ("512", "2", "2,240", "4,718,592", "671 MB", "20.6 GB", "61.9 GB (3 kept of 112 saved)", "14.34"),
+    "qwen3_1.7b_base": ("512", "2", "1,360", "4,718,592", "671 MB", "20.6 GB", "61.9 GB (3 kept of 68 saved)", "8.70"),
     "qwen3_8b_base": (
         "1,024",
         "4",
@@ -138,7 +138,7 @@ DERIVED = {
         "9,437,184",
         "1.34 GB",
         "98.3 GB",
-        "197 GB (2 kept of 49 saved)",
+        "295 GB (3 kept of 49 saved)",
         "12.54",
     ),
     "qwen3_30b_a3b_base": (
@@ -148,7 +148,7 @@ DERIVED = {
         "71,303,168",
         "10.7 GB",
         "427 GB",
-        "855 GB (2 kept of 56 saved)",
+        "1.28 TB (3 kept of 56 saved)",
         "28.67",
     ),
 }

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cppo_verl import config as configuration
+from cppo_verl.cli import main
 from cppo_verl.validation import validate
 
 ROOT = Path(__file__).parents[2]
@@ -165,3 +166,17 @@ def test_each_ablation_changes_one_thing(compose):
         assert changed == ABLATIONS[name], name
     assert configs["kl"].divergence.name == "topk_kl"
     assert configs["binary"].divergence.name == "binary_tv"
+
+
+def test_a_dry_run_needs_neither_data_nor_gpu(tmp_path, monkeypatch, capsys):
+    """A run is planned on another machine than it is for; starting it there is refused."""
+    monkeypatch.chdir(tmp_path)
+    overrides = overrides_of("recipes/qwen3_30b_a3b_base.sh")
+    assert main(["train", *overrides, "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert OmegaConf.create(printed.out).data.train_batch_size == 256
+    assert "# warnings: none" in printed.out
+    assert "not on this machine: data.train_files: " in printed.err
+    assert main(["train", *overrides]) == 2
+    assert "data/dapo.parquet does not exist; cppo prepare makes data files" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
