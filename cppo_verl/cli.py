@@ -215,7 +215,7 @@ def _merge(options: argparse.Namespace) -> int:
     from cppo_verl.checkpoints import export, find
 
     def merge() -> int:
-        print(export(find(options.checkpoint), options.out, say=print))
+        print(f"written: {export(find(options.checkpoint), options.out, say=print)}")
         return 0
 
     return _refusing("merge", merge)

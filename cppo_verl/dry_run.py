@@ -63,13 +63,17 @@ def _indented(lines: Any) -> Iterator[str]:
 def find_model(settings: DictConfig) -> tuple[Model | None, str]:
     """(shape, where from) of a model folder, the local hub cache or configs/facts/; (None, why not)."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     path = settings.path
     if settings.lora_rank or settings.lora.get("rank"):
         return None, "LoRA trains other weights than the model's"
     owner, _, name = path.rpartition("/")
     facts = config_dir() / "facts" / f"{name.removesuffix('-Base')}.json"
-    cached = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
+    try:
+        cached = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json")
+    except HFValidationError:  # a folder that is not on this machine
+        cached = None
     for file in (Path(path) / "config.json", cached, facts if owner == "Qwen" else None):
         if isinstance(file, (str, Path)) and Path(file).is_file():
             shape = json.loads(Path(file).read_text())

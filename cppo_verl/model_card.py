@@ -28,7 +28,11 @@ def model_card(checkpoint: Checkpoint) -> str:
         pipeline_tag="text-generation",
         tags=["reinforcement-learning", "rlvr", "verl", str(config.method.name)],
     )
-    name = f"{Path(base).name}, {config.method.name}, step {checkpoint.step}"
+    name = (
+        f"{config.run.name}, step {checkpoint.step}"
+        if Path(base).is_absolute()
+        else f"{Path(base).name}, {config.method.name}, step {checkpoint.step}"
+    )
     sections = [
         _training(config, checkpoint.step),
         _validation(run, checkpoint.step),
@@ -47,12 +51,14 @@ def _table(rows: list[tuple[str, Any]], header: tuple[str, str]) -> str:
 
 
 def _training(config: DictConfig, step: int) -> str:
+    method = OmegaConf.to_container(config.method, resolve=True)
+    assert isinstance(method, dict)
     actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
     files = data.train_files if isinstance(data.train_files, str) else ", ".join(data.train_files)
     rows = [
         ("base model", f"`{config.actor_rollout_ref.model.path}`"),
         ("step", f"{step} of {config.trainer.total_training_steps}"),
-        *((f"`method.{key}`", f"`{value}`") for key, value in config.method.items() if not key.startswith("_")),
+        *((f"`method.{key}`", f"`{json.dumps(value)}`") for key, value in method.items() if not key.startswith("_")),
         ("divergence", f"`{config.divergence.name}`, k = {config.divergence.k}"),
         ("training data", f"`{files}`"),
         ("prompts x responses a step", f"{data.train_batch_size} x {rollout.n}"),

@@ -7,5 +7,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cppo=${VENV:-$root/.venv}/bin/cppo
-if [[ ! -x $cppo ]]; then cppo=cppo; fi # a container or an uploaded checkout: the one of PATH
+if [[ ! -x $cppo ]] && ! cppo=$(command -v cppo); then # in a container or an uploaded checkout: the one of PATH
+  echo "cppo is not installed: run scripts/setup.sh (for a --dry-run: scripts/setup.sh cpu)" >&2
+  exit 1
+fi
 exec "$cppo" train platform=gpu recipe=qwen3_8b_base_megatron "$@"

@@ -51,6 +51,11 @@ def check_disk(subject: Subject) -> Iterator[Finding]:
     """Room for the run's checkpoints, for what Ray spills, and for what the hub sends."""
     folder = _model_folder(subject.model) if subject.model else None
     parameters = inspect_model(folder)[1] if folder else 0
+    if not parameters and subject.model:
+        from cppo_verl.dry_run import find_model
+
+        shape = find_model(subject.model)[0]
+        parameters = shape.parameters if shape else 0
     yield _checkpoint_room(subject, Path(subject.config.run.dir), parameters * _BYTES_PER_PARAMETER)
     temporary = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     usage = shutil.disk_usage(_existing(temporary))

@@ -165,7 +165,7 @@ def test_the_model_card_is_filled_from_the_run(trained, tmp_path, capsys):
     assert header["library_name"] == "transformers"
     assert {"rlvr", "dppo"} <= set(header["tags"])
     for part in (
-        "dppo, step 4",
+        "# r, step 4",
         "| `method.delta` | `0.15` |",
         "| toy Avg@16 | 73.4% |",
         "| toy Avg@32, step_4-seed0 | 71.1% (decoding error 1.2 points) |",

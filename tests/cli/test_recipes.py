@@ -180,3 +180,18 @@ def test_a_dry_run_needs_neither_data_nor_gpu(tmp_path, monkeypatch, capsys):
     assert main(["train", *overrides]) == 2
     assert "data/dapo.parquet does not exist; cppo prepare makes data files" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_for_gpus_is_one_on_every_machine():
+    """cppo doctor recipe=qwen3_8b_base without the recipe's script: what is examined is not a run on this CPU."""
+    assert configuration.compose(["recipe=qwen3_8b_base"]).trainer.device == "cuda"
+    assert configuration.compose(["recipe=qwen3_8b_base", "platform=cpu"]).trainer.device == "cpu"
+    assert configuration.compose(["recipe=quickstart"]).trainer.device == ("cuda" if configuration.has_gpu() else "cpu")
+
+
+def test_a_recipe_without_an_installation_says_what_to_do(tmp_path):
+    command = ["bash", ROOT / "recipes/qwen3_8b_base.sh", "--dry-run"]
+    environment = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "run scripts/setup.sh (for a --dry-run: scripts/setup.sh cpu)" in done.stderr

@@ -35,7 +35,7 @@ def test_a_run_killed_at_a_random_moment_ends_as_one_that_was_not(tmp_path):
     verdict = sweep.compare("unbroken", "killed")
     print(json.dumps({**kill, **verdict}))
     assert verdict["largest_advantage"] > 0.1
-    assert verdict["weights_moved"] > 1e-3
+    assert verdict["weights_moved"] > 1e-4
     assert verdict["every_step_once"]
     assert verdict["responses_equal"] == verdict["responses"] == 6 * 32
     assert verdict["weights_differ"] <= 1e-6
@@ -84,7 +84,7 @@ def test_nonsense_and_a_full_disk_stop_the_run_and_lose_nothing(live_assets, sma
 
     nonsense = attempt(NONSENSE="1")
     assert nonsense.returncode not in (0, 130), nonsense.stdout
-    assert "the gradient norm of step 2 is nan: training stopped" in nonsense.stdout
+    assert "ValueError: advantages is NaN at valid token 0 of response" in nonsense.stdout
     assert retention.complete_steps(run / "checkpoints") == [1]
 
     full = attempt()
