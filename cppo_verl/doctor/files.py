@@ -54,7 +54,7 @@ def check_disk(subject: Subject) -> Iterator[Finding]:
     if not parameters and subject.model:
         from cppo_verl.dry_run import find_model
 
-        shape = find_model(subject.model)[0]
+        shape = find_model(subject.config.actor_rollout_ref.model)[0]
         parameters = shape.parameters if shape else 0
     yield _checkpoint_room(subject, Path(subject.config.run.dir), parameters * _BYTES_PER_PARAMETER)
     temporary = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())

@@ -292,6 +292,13 @@ def test_open_files_as_ray_raises_them(monkeypatch, limits, status):
     assert only(machine.check_open_files(None)).status == status
 
 
+def test_the_checkpoint_of_a_model_that_is_not_here_has_a_size(subject, monkeypatch, tmp_path):
+    """12 bytes for each of 8,190,735,360 parameters."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = next(files.check_disk(subject("actor_rollout_ref.model.path=Qwen/Qwen3-8B-Base", "trainer.save_freq=10")))
+    assert "a checkpoint takes about 91.5 GiB" in found.found
+
+
 @pytest.mark.parametrize(
     ("free", "more", "expected"),
     [

@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from cppo_verl import config as configuration
-from cppo_verl import retention
+from cppo_verl import launcher, retention
 from cppo_verl.checkpoints import CheckpointError, export, find
 from cppo_verl.launcher import environment, prepare_folder
 from cppo_verl.run_log import RunLog, read_lines, validation_score
@@ -122,6 +122,15 @@ def test_every_attempt_has_the_same_tracking_run(base, tmp_path, monkeypatch):
     other = configuration.compose([*base, "run.name=other"])
     prepare_folder(other, tmp_path / "other", ["cppo", "train"])
     assert environment(other)["WANDB_RUN_ID"] != ids[0]
+
+
+def test_a_start_names_what_an_earlier_run_has_left_behind(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "stale_processes", lambda: [(tmp_path / "old", [11, 12], 3 << 30)])
+    monkeypatch.setattr(launcher, "supervise", lambda *_: launcher.INTERRUPTED)
+    assert launcher.launch(configuration.compose(base), ["cppo", "train"]) == 130
+    told = capsys.readouterr().err
+    assert f"2 processes of the earlier run {tmp_path / 'old'} are still there, with 3.0 GiB of memory" in told
+    assert "to end them: kill 11 12" in told
 
 
 def test_a_failure_is_told_even_where_its_event_cannot_be_written(tmp_path, monkeypatch):
