@@ -79,7 +79,12 @@ class RunDisplay:
             self.progress.update(self.task, total=self.total_steps, completed=event["step"])
         if name in _WAITING:
             self.progress.update(self.task, description=_WAITING[name])
-            if not self.console.is_terminal and name in ("starting Ray", "starting workers", "initialized"):
+            if not self.console.is_terminal and name in (
+                "starting Ray",
+                "starting workers",
+                "initialized",
+                "validating",
+            ):
                 self.console.print(f"{time.time() - self.started:6.0f} s  {_WAITING[name]}")
 
     def line(self, line: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
 from cppo_verl.quickstart.task import TaskSpec, make_splits, write_parquet
 from cppo_verl.quickstart.warmup import WarmupSpec, measure, run_warmup
@@ -88,6 +90,7 @@ def build(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     sampled = measure(
         model, tokenizer, splits.heldout, settings["measure_samples"], settings["measure_max_tokens"], seed
     )
+    disable_progress_bar()  # one file, written at once
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     manifest = {
