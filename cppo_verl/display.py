@@ -79,12 +79,7 @@ class RunDisplay:
             self.progress.update(self.task, total=self.total_steps, completed=event["step"])
         if name in _WAITING:
             self.progress.update(self.task, description=_WAITING[name])
-            if not self.console.is_terminal and name in (
-                "starting Ray",
-                "starting workers",
-                "initialized",
-                "validating",
-            ):
+            if not self.console.is_terminal and name not in ("generating", "saving"):
                 self.console.print(f"{time.time() - self.started:6.0f} s  {_WAITING[name]}")
 
     def line(self, line: Mapping[str, Any]) -> None:
