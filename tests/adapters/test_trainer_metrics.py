@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cppo_verl.adapters.trainer import _zero_variance_rows, aime_mean, outcome_metrics
+from cppo_verl.adapters.trainer import TrustRegionTrainer, _zero_variance_rows, aime_mean, outcome_metrics
 from cppo_verl.grading import compute_score
 
 RESPONSES = [r"\boxed{34}", r"\boxed{34}", r"\boxed{35}", "34", r"\boxed{9^{9^9}}"]
@@ -53,3 +53,12 @@ def test_groups_are_skipped_by_acc_whatever_shaping_does_to_the_score():
     assert groups == 3
     with pytest.raises(ValueError, match="must return a dict with score and acc"):
         _zero_variance_rows(batch, [{"reward_extra_info": {"score": 1.0}}] * 7)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_gradient_norm_that_is_not_finite_stops_the_run(norm):
+    trainer = SimpleNamespace(global_steps=7)
+    TrustRegionTrainer._require_finite_gradient(trainer, {"actor/grad_norm": 1.0})
+    TrustRegionTrainer._require_finite_gradient(trainer, {})
+    with pytest.raises(FloatingPointError, match=f"the gradient norm of step 7 is {norm}: training stopped"):
+        TrustRegionTrainer._require_finite_gradient(trainer, {"actor/grad_norm": norm})
