@@ -104,7 +104,7 @@ def queue():
 
     from cppo_verl.config import compose
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     config = compose(["platform=cpu"]).transfer_queue
     OmegaConf.update(config, "enable", True, force_add=True)
     tq.init(config)

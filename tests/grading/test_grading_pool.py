@@ -28,7 +28,7 @@ def test_hostile_answers_harm_nobody_in_ray_actors():
     """Two reward workers of one node, each with threads of its own."""
     import ray
 
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
         path = str(pathlib.Path(__file__).parent)
 

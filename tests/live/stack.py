@@ -54,11 +54,10 @@ def run_stages(base: list[str], stages: list[tuple[str, list[str], int]], timeou
 
 def _main(folder: Path) -> None:
     import ray
-    from verl.trainer.main_ppo import run_ppo
     from verl.utils.config import omega_conf_to_dataclass
 
     from cppo_verl.adapters.loss import TrustRegionLoss
-    from cppo_verl.adapters.main import TaskRunner
+    from cppo_verl.adapters.main import TaskRunner, train
     from cppo_verl.run_log import read_metrics
 
     stages = OmegaConf.load(folder / "stages.yaml").stages
@@ -86,7 +85,7 @@ def _main(folder: Path) -> None:
             with open(folder / "stages.jsonl", "a") as file:
                 file.write(json.dumps({"name": stage.name, "metrics": lines}) + "\n")
 
-    run_ppo(OmegaConf.load(folder / "config.yaml"), task_runner_class=ray.remote(StagedRunner))
+    train(OmegaConf.load(folder / "config.yaml"), ray.remote(StagedRunner))
 
 
 if __name__ == "__main__":

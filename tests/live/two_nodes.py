@@ -10,8 +10,10 @@ with two ranks, and its 95% interval. Given again, finished runs are kept.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -87,12 +89,13 @@ def ray_cluster(log: Path, wait: float = 120) -> Iterator[str]:
     sizes = ("--num-cpus=32", "--num-gpus=1", "--object-store-memory=300000000", "--disable-usage-stats", "--block")
     places = (("--head", f"--port={PORT}", "--include-dashboard=false"), (f"--address={address}",))
     nodes = []
+    # The default folder would keep this cluster's address, and every later Ray of the machine would look for it there.
+    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: it holds sockets
     try:
         with open(log, "a") as output:
             for number, place in enumerate(places):
-                command = on_host(
-                    number, BIN / "ray", "start", *place, f"--node-ip-address={ADDRESSES[number]}", *sizes
-                )
+                own = (f"--node-ip-address={ADDRESSES[number]}", f"--temp-dir={scratch}")
+                command = on_host(number, BIN / "ray", "start", *place, *own, *sizes)
                 nodes.append(
                     subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
                 )
@@ -103,6 +106,7 @@ def ray_cluster(log: Path, wait: float = 120) -> Iterator[str]:
             node.terminate()
         for node in nodes:
             node.wait(timeout=60)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
