@@ -140,6 +140,7 @@ def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None], trus
         shutil.rmtree(temporary, ignore_errors=True)  # of a merger that was killed
         temporary.mkdir()
         _merge(checkpoint, temporary, trust_remote_code)
+        _readable(temporary)
         shutil.rmtree(merged, ignore_errors=True)
         temporary.rename(merged)
     return merged
@@ -166,9 +167,19 @@ def export(checkpoint: Checkpoint, out: Path | None, say: Callable[[str], None])
         temporary = out.with_name(out.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(folder, temporary)
+        _readable(temporary)
         folder = temporary.rename(out)
     (folder / "README.md").write_text(card)
     return folder
+
+
+def _readable(folder: Path) -> None:
+    """The files' modes as this process makes files; safetensors makes its own for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def fingerprint(folder: Path) -> str:

@@ -172,9 +172,11 @@ def _train(options: argparse.Namespace) -> int:
 
         from cppo_verl.dry_run import report
 
-        print(OmegaConf.to_yaml(config, resolve=True))
+        text = OmegaConf.to_yaml(config, resolve=True)
+        terminal = sys.stdout.isatty()
         for line in report(config):
-            print(f"# {line}")
+            print(line if terminal else f"# {line}")
+        print(f"the resolved configuration, {text.count(chr(10))} lines of YAML: add > FILE" if terminal else text)
         print(f"# checked: {config.method.name} over {config.divergence.name}; nothing was started", file=sys.stderr)
         return 0
     from cppo_verl.launcher import launch

@@ -77,6 +77,8 @@ class RunDisplay:
             self.total_steps = event["total_steps"]
             self.first_step = event["step"]
             self.progress.update(self.task, total=self.total_steps, completed=event["step"])
+            if self.first_step:
+                self.console.print(f"going on after step {self.first_step} of {self.total_steps}")
         if name in _WAITING:
             self.progress.update(self.task, description=_WAITING[name])
             if not self.console.is_terminal and name not in ("generating", "saving"):
@@ -118,7 +120,8 @@ class RunDisplay:
         """Where things are and what came out, from the run folder alone."""
         report = RunReport.read(self.folder)
         report.write()
-        rows = [*report.rows(), ("time", f"{(time.time() - self.started) / 60:.1f} min")]
+        since = f" (since step {self.first_step})" if self.first_step else ""
+        rows = [*report.rows(), ("time", f"{(time.time() - self.started) / 60:.1f} min{since}")]
         width = max(len(name) for name, _ in rows)
         self.console.print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows), soft_wrap=True)
 

@@ -1,6 +1,7 @@
 """The model card of a trained checkpoint, filled from its run folder."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,27 @@ def model_card(checkpoint: Checkpoint) -> str:
         return _page(ModelCardData(library_name="transformers"), checkpoint.name, [f"Origin {_UNKNOWN}."])
     config = OmegaConf.load(run / "config.yaml")
     assert isinstance(config, DictConfig)
-    base = str(config.actor_rollout_ref.model.path)
+    base, in_hub = str(config.actor_rollout_ref.model.path), not Path(config.actor_rollout_ref.model.path).is_absolute()
     header = ModelCardData(
         # A folder's path says nothing to others.
-        base_model=None if Path(base).is_absolute() else base,
+        base_model=base if in_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["reinforcement-learning", "rlvr", "verl", str(config.method.name)],
     )
-    name = (
-        f"{config.run.name}, step {checkpoint.step}"
-        if Path(base).is_absolute()
-        else f"{Path(base).name}, {config.method.name}, step {checkpoint.step}"
-    )
+    name = f"{Path(base).name}, {config.method.name}" if in_hub else str(config.run.name)
+    name += f", step {checkpoint.step}"
     sections = [
         _training(config, checkpoint.step),
         _validation(run, checkpoint.step),
         _evaluations(run, checkpoint.step),
     ]
     return _page(header, name, [*sections, _origin(run), _loading()])
+
+
+def _without_folders(text: str) -> str:
+    """Of absolute paths only the last name: a card is published, and the rest is of one machine and its user."""
+    return re.sub(r"(?<![^\s=,\[\]'\"(])/(?:[^/\s,\]'\"]+/)*", "", text)
 
 
 def _page(header: ModelCardData, title: str, sections: list[str]) -> str:
@@ -56,11 +59,11 @@ def _training(config: DictConfig, step: int) -> str:
     actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
     files = data.train_files if isinstance(data.train_files, str) else ", ".join(data.train_files)
     rows = [
-        ("base model", f"`{config.actor_rollout_ref.model.path}`"),
+        ("base model", f"`{_without_folders(str(config.actor_rollout_ref.model.path).rstrip('/'))}`"),
         ("step", f"{step} of {config.trainer.total_training_steps}"),
         *((f"`method.{key}`", f"`{json.dumps(value)}`") for key, value in method.items() if not key.startswith("_")),
         ("divergence", f"`{config.divergence.name}`, k = {config.divergence.k}"),
-        ("training data", f"`{files}`"),
+        ("training data", f"`{_without_folders(files)}`"),
         ("prompts x responses a step", f"{data.train_batch_size} x {rollout.n}"),
         ("prompts a minibatch", actor.ppo_mini_batch_size),
         ("longest prompt, response", f"{data.max_prompt_length}, {data.max_response_length} tokens"),
@@ -102,7 +105,7 @@ def _origin(run: Path) -> str:
     hardware = last["hardware"]
     devices = ", ".join(hardware["gpus"]) or f"{hardware['cores']} CPU cores ({hardware['cpu']})"
     rows = [
-        ("command", f"`{last['command']}`"),
+        ("command", f"`{_without_folders(last['command'])}`"),
         ("started", f"{attempts[0]['started']}, {len(attempts)} attempt(s)"),
         ("commit of cppo_verl", last["commit"] or "an installed package"),
         ("packages", packages),

@@ -55,11 +55,23 @@ fi
 echo "$stack" >"$venv/.cppo-stack"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
 log=$venv/setup.log
+beat=
+trap 'if [[ -n $beat ]]; then kill "$beat" 2>/dev/null; fi' EXIT
+logged() { # logged command...: into the log; every 30 s a sign of life
+  local status=0
+  while sleep 30 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do say "... ($(du -sh "$venv" | cut -f1) in $venv)"; done &
+  beat=$!
+  "$@" >>"$log" 2>&1 || status=$?
+  kill "$beat" 2>/dev/null || true
+  wait "$beat" 2>/dev/null || true
+  beat=
+  return $status
+}
 step() { # step "what" command...: quiet on success, the log's end on failure
   local what=$1
   shift
   say "$what"
-  if ! "$@" >>"$log" 2>&1; then
+  if ! logged "$@"; then
     tail -n 20 "$log" >&2
     echo "setup: failed at: $what (full log: $log); run the same command again to go on" >&2
     exit 1
@@ -82,8 +94,8 @@ else
     "${pip[@]}" -e "$root[gpu,dev]" -c "$requirements/gpu.lock"
   # Its sources import torch, and there may be no wheel for this torch: then it is compiled, with the CUDA toolkit's nvcc.
   say "flash-attn (compiled where there is no wheel: long; skip with FLASH_ATTN=0)"
-  if [[ ${FLASH_ATTN:-1} == 0 ]] || ! "${pip[@]}" setuptools wheel packaging ninja psutil >>"$log" 2>&1 ||
-    ! "${pip[@]}" --no-build-isolation flash-attn==2.8.3 -c "$requirements/gpu.lock" >>"$log" 2>&1; then
+  if [[ ${FLASH_ATTN:-1} == 0 ]] || ! logged "${pip[@]}" setuptools wheel packaging ninja psutil ||
+    ! logged "${pip[@]}" --no-build-isolation flash-attn==2.8.3 -c "$requirements/gpu.lock"; then
     say "without flash-attn: give +actor_rollout_ref.model.override_config.attn_implementation=sdpa to every run (slower)"
   fi
 fi

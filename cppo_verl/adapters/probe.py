@@ -168,22 +168,26 @@ def _policy_loss(config: DictConfig) -> str:
     return f"TrustRegionConfig with {built.method.name} over {built.divergence['name']}"
 
 
-def _vllm(config: DictConfig) -> str:
-    import vllm.model_executor.layers.utils as layers
+def _vllm_platform(config: DictConfig) -> str:
     from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() != (config.trainer.device == "cpu"):
+        raise RuntimeError(f"vLLM chose {type(current_platform).__name__}, but trainer.device={config.trainer.device}")
+    return type(current_platform).__name__
+
+
+def _vllm_plugin(config: DictConfig) -> str:
+    import vllm.model_executor.layers.utils as layers
     from vllm.plugins import load_general_plugins
 
-    on_cpu = config.trainer.device == "cpu"
-    if current_platform.is_cpu() != on_cpu:
-        raise RuntimeError(f"vLLM chose {type(current_platform).__name__}, but trainer.device={config.trainer.device}")
     listed = [point.name for point in entry_points(group="vllm.general_plugins")]
     if "cppo_vllm_cpu" not in listed:
         raise RuntimeError(f"cppo_vllm_cpu is not among the entry points of vllm.general_plugins: {listed}")
     load_general_plugins()
     kept = layers.dispatch_cpu_unquantized_gemm.__module__ == "cppo_verl.adapters.vllm_cpu"
-    if on_cpu and not kept:
+    if config.trainer.device == "cpu" and not kept:
         raise RuntimeError("vLLM did not load cppo_vllm_cpu: the first weight sync would fail")
-    return type(current_platform).__name__ + (", which keeps its weights updatable" if kept else "")
+    return "cppo_vllm_cpu keeps the weights updatable" if kept else "cppo_vllm_cpu is listed, for CPUs only"
 
 
 _SETUP = "scripts/setup.sh"
@@ -195,7 +199,8 @@ _SEAMS: tuple[tuple[str, Callable[[DictConfig], str], str], ...] = (
     ("rollout server", _rollout_server, _REPORT),
     ("agent loop", _agent_loop, _REPORT),
     ("policy loss", _policy_loss, "cppo train --dry-run names the setting"),
-    ("vLLM", _vllm, f"unset VLLM_PLUGINS; {_REINSTALL}"),
+    ("vLLM platform", _vllm_platform, "a build of vLLM for another platform: see what was said of the stack"),
+    ("vLLM plug-in", _vllm_plugin, f"unset VLLM_PLUGINS; {_REINSTALL}"),
 )
 
 

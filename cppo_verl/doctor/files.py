@@ -52,7 +52,7 @@ def check_disk(subject: Subject) -> Iterator[Finding]:
     folder = _model_folder(subject.model) if subject.model else None
     parameters = inspect_model(folder)[1] if folder else 0
     if not parameters and subject.model:
-        from cppo_verl.dry_run import find_model
+        from cppo_verl.dry_run.model import find_model
 
         shape = find_model(subject.config.actor_rollout_ref.model)[0]
         parameters = shape.parameters if shape else 0

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cppo_verl.config import compose, config_dir
-from cppo_verl.memory import Model, checkpoint_bytes, estimate, key_value_bytes, vllm_weights
+from cppo_verl.dry_run.memory import checkpoint_bytes, estimate, key_value_bytes, vllm_weights
+from cppo_verl.dry_run.model import Model
 
 PACKED = "actor_rollout_ref.model.use_remove_padding=true"
 CHECKPOINTED = "actor_rollout_ref.model.enable_gradient_checkpointing=true"

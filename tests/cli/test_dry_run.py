@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,8 +16,9 @@ from omegaconf import OmegaConf
 
 from cppo_verl.cli import main
 from cppo_verl.config import compose, verl_config_dir
-from cppo_verl.dry_run import find_model, warnings
-from cppo_verl.memory import GIB, estimate
+from cppo_verl.dry_run.memory import GIB, estimate
+from cppo_verl.dry_run.model import find_model
+from cppo_verl.dry_run.warnings import warnings
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 # Rows of the files that the recipes name.
@@ -101,20 +103,50 @@ def test_every_difference_is_listed_once(printed, name, defaults):
     """Against the flat file that verl generates from its own configs."""
     _, sections = printed(*recipe(name))
     listed = [line.strip() for line in sections["difference"]]
+    assert listed.pop() == "not listed, for this run does not build them: critic, distillation, actor_rollout_ref.ref"
+    own = listed.index("nodes of cppo_verl's own")
+    listed, nodes = listed[:own], pairs(listed[own + 1 :])
     listed.remove("these follow by verl's own references")
     keys = [line.partition(": ")[0] for line in listed]
     assert len(keys) == len(set(keys))
     config = OmegaConf.to_container(compose([*recipe(name), "run.name=dry"]), resolve=True)
     ours = flat(config)
     verl = flat(OmegaConf.to_container(OmegaConf.load(verl_config_dir() / f"{defaults}.yaml"), resolve=True))
+    unused = ("critic.", "distillation.", "actor_rollout_ref.ref.")
     expected = {key for key, value in ours.items() if key not in verl or verl[key] != value} - {"model_engine"}
+    expected = {key for key in expected if not key.startswith(unused)}
     # Nodes that refer to one of ours are one line each.
-    for node in (f"{ACTOR}.policy_loss.method", f"{ACTOR}.policy_loss.divergence", "divergence.thresholds"):
+    for node in (f"{ACTOR}.policy_loss.method", f"{ACTOR}.policy_loss.divergence"):
         expected = {key for key in expected if not key.startswith(f"{node}.")} | {node}
-    assert set(keys) == expected
+    assert nodes.keys() == {"divergence", "method", "run", "thresholds"}
+    for node, settings in nodes.items():
+        leaves = {key for key in expected if key.startswith(f"{node}.") and not key.endswith("._target_")}
+        assert {f"{node}.{setting.partition('=')[0]}" for setting in settings.split(", ")} == leaves
+    assert set(keys) == {key for key in expected if key.partition(".")[0] not in nodes}
     for line in listed:
         before, arrow, after = line.partition(": ")[2].partition(" -> ")
         assert before != after if arrow else before.endswith("(not a key of verl's)")
+
+
+def test_a_part_of_verl_that_is_used_is_listed(printed):
+    _, sections = printed(*recipe("qwen3_8b_base"), f"{ACTOR}.use_kl_loss=true")
+    listed = [line.strip() for line in sections["difference"]]
+    assert "actor_rollout_ref.ref.log_prob_use_dynamic_bsz: false -> true" in listed
+    assert listed[-1] == "not listed, for this run does not build them: critic, distillation"
+
+
+def test_on_a_terminal_only_the_report(folder, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    with redirect_stdout(out), redirect_stderr(io.StringIO()):
+        assert main(["train", "--dry-run", "run.name=dry", *recipe("qwen3_8b_base")]) == 0
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("difference from verl's defaults")
+    assert re.fullmatch(r"the resolved configuration, \d{4} lines of YAML: add > FILE", lines[-1])
+    assert len(lines) < 120
 
 
 def test_known_differences(printed):
@@ -122,7 +154,7 @@ def test_known_differences(printed):
     found = pairs(line.strip() for line in sections["difference"] if ": " in line)
     assert found[f"{ACTOR}.strategy"] == "fsdp -> fsdp2"
     assert found[f"{ROLLOUT}.gpu_memory_utilization"] == "0.5 -> 0.7"
-    assert found["method.delta"] == "0.15 (not a key of verl's)"
+    assert found["method"].startswith("name=cppo, delta=0.15, ")
     assert found["algorithm.adv_estimator"] == "gae -> grpo"
     assert f"{ACTOR}.ppo_max_token_len_per_gpu" not in found  # verl's own 16384
 
@@ -174,7 +206,7 @@ def test_derived_quantities_of_the_papers_runs(printed, name):
 
 def test_ranks_and_micro_batches(printed):
     found = pairs(printed(*recipe("qwen3_30b_a3b_base"))[1]["derived"])
-    assert found["GPUs"] == "32, 8 data-parallel ranks of 4"
+    assert found["GPUs"] == "32 (8 data-parallel ranks, each of 4 GPUs that work on the same responses)"
     assert found["responses of a minibatch per rank"] == "64"  # 32 prompts x 16 over 8
     assert found["micro-batches of a minibatch per rank"].startswith("at most 64 ")  # 17,408 of 32,768 tokens each
     found = pairs(printed(*recipe("qwen3_1.7b_1gpu"))[1]["derived"])
@@ -197,6 +229,26 @@ def test_memory_of_the_8b_run(printed):
     for column in range(3):
         parts = [row[column] for part, row in table.items() if part != "total"]
         assert table["total"][column] == pytest.approx(sum(parts), abs=0.04)
+
+
+def test_the_host_holds_what_is_offloaded(printed):
+    _, sections = printed(*recipe("qwen3_30b_a3b_base"))
+    found = pairs(sections["host"][:2])
+    table = {line.split()[0]: float(line.split()[1]) for line in sections["memory"][1:9]}
+    offloaded = 8 * (table["weights"] + table["optimizer"])  # 8 GPUs a node; both are 0 while vLLM generates
+    assert float(found["offloaded weights and optimizer"].removesuffix(" GiB")) == pytest.approx(offloaded, abs=0.2)
+    assert found["Top-K queue"].startswith("up to 10.7 GB")
+
+
+# Bytes a parameter, all on one node: float32 weights, gradients and Adam's two moments.
+@pytest.mark.parametrize(
+    ("offload", "size"),
+    [("param_offload", 4), ("optimizer_offload", 8), ("offload_policy", 16), ("reshard_after_forward", 0)],
+)
+def test_each_offload_of_fsdp(printed, offload, size):
+    _, sections = printed(*recipe("qwen3_8b_base"), f"{ACTOR}.fsdp_config.{offload}=true")
+    expected = 8_190_735_360 * size / GIB
+    assert pairs(sections["host"][:1])["offloaded weights and optimizer"] == f"{expected:.1f} GiB"
 
 
 def test_the_card_is_that_of_nvidia_smi(printed, tmp_path, monkeypatch):

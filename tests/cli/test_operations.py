@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 import yaml
@@ -153,11 +154,13 @@ def trained(base, tmp_path):
     """A run folder whose step 4 was validated, evaluated and merged by verl itself."""
     config = configuration.compose([*base, "method=dppo"])
     run = tmp_path / "r"
-    prepare_folder(config, run, ["cppo", "train", "method=dppo"])
+    prepare_folder(config, run, ["cppo", "train", "method=dppo", f"quickstart.assets={base[2].partition('=')[2]}"])
     actor = run / "checkpoints/global_step_4/actor"
     (actor / "huggingface").mkdir(parents=True)
     (actor / "huggingface/config.json").write_text("{}")
-    (actor / "huggingface/model.safetensors").write_text("w")
+    weights = actor / "huggingface/model.safetensors"
+    weights.write_text("w")
+    weights.chmod(0o600)  # as safetensors makes it
     retention.complete(actor.parent, 4, {})
     RunLog(run).metrics(4, {"val-core/toy/acc/mean@16": 0.734})
     (run / "eval/step_4-seed0").mkdir(parents=True)
@@ -178,10 +181,17 @@ def test_the_model_card_is_filled_from_the_run(trained, tmp_path, capsys):
         "| `method.delta` | `0.15` |",
         "| toy Avg@16 | 73.4% |",
         "| toy Avg@32, step_4-seed0 | 71.1% (decoding error 1.2 points) |",
-        "`cppo train method=dppo`",
+        "| base model | `model` |",
+        "| training data | `train.parquet` |",
+        "`cppo train method=dppo quickstart.assets=assets",
         "verl 0.9.1",
     ):
         assert part in text
+    assert str(tmp_path) not in text
+    assert trained.parent.name not in text
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
     with pytest.raises(CheckpointError, match="exists: give a new folder"):
         export(find(str(trained)), tmp_path / "out", print)
     with pytest.raises(CheckpointError, match="is a Hugging Face folder already"):

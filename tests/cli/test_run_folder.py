@@ -1,6 +1,7 @@
 """What a run writes and what is computed from it afterwards."""
 
 import json
+import re
 
 import pytest
 
@@ -85,6 +86,15 @@ def test_display_prints_a_line_per_step_once(run, capsys):
     assert all(
         word in steps[0] for word in ("1/2", "reward 0.250", "masked 10.00%", "token 6.00%", "3.0 s", "ETA 0m03s")
     )
+
+
+def test_a_resumed_run_says_where_it_goes_on(run, capsys):
+    display = RunDisplay(run, run / "log")
+    display.event({"event": "initialized", "step": 1, "total_steps": 2})
+    display.summary()
+    output = capsys.readouterr().out
+    assert "going on after step 1 of 2\n" in output
+    assert re.search(r"^time .* min \(since step 1\)$", output, re.MULTILINE)
 
 
 def test_failure_shows_the_cause_not_the_wall(run, capsys):

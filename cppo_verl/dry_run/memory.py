@@ -4,103 +4,14 @@ Every term is what verl 0.9.1's engines allocate, read from their code; docs/dry
 measured against, and what is left out.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from omegaconf import DictConfig
 
+from cppo_verl.dry_run.model import Model
+
 GIB = 2**30
 _BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
-_KNOWN_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
-
-
-@dataclass(frozen=True)
-class Model:
-    """Shape of a decoder with grouped-query attention and gated MLPs, dense or mixture of experts."""
-
-    hidden: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    intermediate: int
-    """Width of the MLP, or of one expert."""
-    vocabulary: int
-    tied: bool
-    """Input embedding and output head share their weights."""
-    qk_norm: bool
-    bias: bool
-    """Of the query, key and value projections."""
-    experts: int = 0
-    experts_per_token: int = 1
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Model | None":
-        """From a Hugging Face config.json; None where the architecture is not one of those counted exactly."""
-        kind = config.get("model_type")
-        experts = config.get("num_experts", 0) if kind == "qwen3_moe" else 0
-        mixed = experts and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"))
-        if kind not in _KNOWN_TYPES or mixed or config.get("attention_bias") or config.get("mlp_bias"):
-            return None
-        heads = config["num_attention_heads"]
-        return cls(
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            intermediate=config["moe_intermediate_size" if experts else "intermediate_size"],
-            vocabulary=config["vocab_size"],
-            tied=config.get("tie_word_embeddings", False),
-            qk_norm=kind in ("qwen3", "qwen3_moe"),
-            bias=kind == "qwen2",
-            experts=experts,
-            experts_per_token=config["num_experts_per_tok"] if experts else 1,
-        )
-
-    @property
-    def query(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def key_value(self) -> int:
-        return self.key_value_heads * self.head_dim
-
-    @property
-    def attention(self) -> int:
-        """Parameters of one layer's projections."""
-        projected = self.query + 2 * self.key_value
-        return self.hidden * (projected + self.query) + (projected if self.bias else 0)
-
-    @property
-    def replicated(self) -> int:
-        """Parameters of one layer that tensor parallelism does not divide: norms and router."""
-        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0) + self.experts * self.hidden
-
-    @property
-    def mlp(self) -> int:
-        """Parameters of one MLP or expert."""
-        return 3 * self.hidden * self.intermediate
-
-    @property
-    def layer(self) -> int:
-        return self.attention + self.replicated + self.mlp * max(self.experts, 1)
-
-    @property
-    def head(self) -> int:
-        """Parameters of the embedding, and of the output head."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.layer + self.head * (1 if self.tied else 2) + self.hidden
-
-    @property
-    def active_parameters(self) -> int:
-        """That one token passes, embeddings included."""
-        idle = max(self.experts - self.experts_per_token, 0)
-        return self.parameters - self.layers * self.mlp * idle
 
 
 @dataclass(frozen=True)
@@ -191,6 +102,19 @@ def estimate(config: DictConfig, model: Model, card: float | None) -> Estimate:
     )
 
 
+def host_bytes(config: DictConfig, model: Model) -> float:
+    """Of one node's own memory: what its GPUs have offloaded to it while vLLM generates."""
+    actor = config.actor_rollout_ref.actor
+    engine = _megatron if actor.strategy == "megatron" else _fsdp
+    layout = Layout.of(config)
+    states, _, kept = engine(config, model, layout)
+    # Gradients are dropped, not moved.
+    moved = states.weights - kept.weights + states.optimizer - kept.optimizer
+    if actor.strategy != "megatron" and actor.fsdp_config.offload_policy:  # all of it is never on the GPU
+        moved = 4 * _stored(config, model, layout)
+    return moved * config.trainer.n_gpus_per_node
+
+
 def vllm_weights(config: DictConfig, model: Model) -> float:
     """Bytes of the weights on one GPU of a rollout replica."""
     rollout = config.actor_rollout_ref.rollout
@@ -217,12 +141,22 @@ def key_value_bytes(config: DictConfig, model: Model) -> float:
     return 2 * _BYTES.get(rollout.dtype, 2) * layers * heads * model.head_dim
 
 
+def _shards(config: DictConfig, layout: Layout) -> int:
+    size = config.actor_rollout_ref.actor.fsdp_config.fsdp_size
+    return size if 0 < size < layout.devices else layout.devices
+
+
+def _stored(config: DictConfig, model: Model, layout: Layout) -> float:
+    """Bytes of one GPU's part of the weights."""
+    kind = config.actor_rollout_ref.actor.fsdp_config.model_dtype or "fp32"
+    return _BYTES[kind] * model.parameters / _shards(config, layout)
+
+
 def _fsdp(config: DictConfig, model: Model, layout: Layout) -> tuple[Parts, Parts, Parts]:
     """(states of the update, what it allocates beyond them at its peak, states that stay while vLLM generates)."""
     actor, settings = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     engine, tokens = actor.fsdp_config, layout.tokens
-    shards = engine.fsdp_size if 0 < engine.fsdp_size < layout.devices else layout.devices
-    stored = _BYTES[engine.model_dtype or "fp32"] * model.parameters / shards
+    shards, stored = _shards(config, layout), _stored(config, model, layout)
     states = Parts() if engine.offload_policy else Parts(weights=stored, gradients=stored, optimizer=2 * stored)
     kept = Parts(
         weights=0 if engine.param_offload else states.weights,
