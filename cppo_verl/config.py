@@ -46,9 +46,9 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
             config = hydra_compose("train", overrides=chosen)
+        _fill_in_run(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from None
-    _fill_in_run(config)
     return config
 
 
@@ -80,15 +80,22 @@ def verl_config_dir() -> Path:
 
 def _fill_in_run(config: DictConfig) -> None:
     """Absolute folders (Ray workers may start elsewhere), a default name, and verl's resume keys."""
+    if not isinstance(config.run.dir, str):
+        raise ConfigError(f"run.dir={config.run.dir}: give a folder")
     config.run.dir = str(Path(config.run.dir).expanduser().absolute())
     if config.run.name is None:
         config.run.name = f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if config.run.resume == "auto":
         config.run.resume = (run_folder(config) / "config.yaml").exists()
-    steps = retention.complete_steps(config.trainer.default_local_dir) if config.run.resume else []
-    if steps and config.trainer.resume_mode == "disable":
-        config.trainer.resume_mode = "resume_path"
-        config.trainer.resume_from_path = str(retention.step_folder(config.trainer.default_local_dir, steps[-1]))
+    trainer = config.trainer
+    if trainer.resume_mode == "auto":  # verl would take the folder that it began last, complete or not
+        trainer.resume_mode = "disable"
+    steps = retention.complete_steps(trainer.default_local_dir) if config.run.resume else []
+    if steps and trainer.resume_mode == "disable":
+        trainer.resume_mode = "resume_path"
+        trainer.resume_from_path = str(retention.step_folder(trainer.default_local_dir, steps[-1]))
+    if isinstance(trainer.resume_from_path, str):
+        trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/")
     model = config.actor_rollout_ref.model
     if model.path is not None and Path(model.path).expanduser().exists():
         model.path = str(Path(model.path).expanduser().absolute())

@@ -103,7 +103,7 @@ class RunDisplay:
         left = max(total - step, 0) * recent[len(recent) // 2]
         parts = [
             f"step {step:4d}/{total}",
-            f"reward {line.get('critic/score/mean', float('nan')):.3f}",
+            f"reward {float('nan') if (reward := line.get('critic/score/mean')) is None else reward:.3f}",
             _masked_text(line),
             f"{line.get('timing_s/step', 0.0):5.1f} s",
             f"ETA {int(left // 60)}m{int(left % 60):02d}s",

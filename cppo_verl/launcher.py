@@ -66,9 +66,15 @@ def launch(config: DictConfig, command: list[str], module: str = "cppo_verl.adap
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Make ``folder`` and hold it for this process; False, after a message, where another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    """Make ``folder`` and hold it for this process; False, after a message, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        print(f"cppo: {folder} cannot be written: {error}; choose another folder", file=sys.stderr)
+        yield False
+        return
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,13 +85,17 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -> int:
-    for stale, pids, size in stale_processes():
+    if not _end_of_earlier_attempt(folder):
+        return 2
+    for stale in stale_processes():
+        print(_left_behind(*stale), file=sys.stderr)
+    try:
+        log_file = prepare_folder(config, folder, command)
+    except OSError as error:
         print(
-            f"cppo: {len(pids)} processes of the earlier run {stale} are still there, with {size / 2**30:.1f} GiB of "
-            f"memory; to end them: kill {' '.join(map(str, pids))}",
-            file=sys.stderr,
+            f"cppo: the run folder {folder} cannot be written: {error}; make room, or change run.dir", file=sys.stderr
         )
-    log_file = prepare_folder(config, folder, command)
+        return 2
     display = RunDisplay(folder, log_file)
     status = supervise(module, folder, log_file, environment(config), folder / METRICS, display)
     if status == 0:
@@ -93,6 +103,25 @@ def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -
     elif status != INTERRUPTED:
         display.failure(status)
     return status
+
+
+def _left_behind(folder: Path, pids: list[int], size: int) -> str:
+    return (
+        f"cppo: {len(pids)} processes of the earlier run {folder} are still there, with {size / 2**30:.1f} GiB of "
+        f"memory; to end them: kill {' '.join(map(str, pids))}"
+    )
+
+
+def _end_of_earlier_attempt(folder: Path, limit: float = 60) -> bool:
+    """Wait for what an attempt whose launcher was killed has left of this very run: two at once must not write it."""
+    deadline = time.monotonic() + limit
+    while own := [stale for stale in stale_processes(held=folder) if stale[0] == folder]:
+        if time.monotonic() > deadline:
+            print(f"{_left_behind(*own[0])}; then give the same command again", file=sys.stderr)
+            return False
+        print(f"cppo: waiting for {len(own[0][1])} processes of an earlier attempt to end", file=sys.stderr)
+        time.sleep(5)
+    return True
 
 
 def supervise(module: str, folder: Path, log_file: Path, environment: dict[str, str], lines: Path, display: Any) -> int:
@@ -265,11 +294,14 @@ def _tagged(tag: str) -> list[psutil.Process]:
     return found
 
 
-def stale_processes() -> list[tuple[Path, list[int], int]]:
+def stale_processes(held: Path | None = None) -> list[tuple[Path, list[int], int]]:
     """(run folder, process ids, bytes of memory) of every run whose launcher is gone while processes are not.
 
     A run's processes carry its tag and folder in their environment; its launcher holds a lock on the folder. Other
     users' processes are not seen.
+
+    Args:
+        held: a folder whose lock this process has itself.
     """
     sizes: dict[Path, dict[int, int]] = {}
     for process in psutil.process_iter():
@@ -281,7 +313,8 @@ def stale_processes() -> list[tuple[Path, list[int], int]]:
         except (psutil.Error, OSError):
             continue
         sizes.setdefault(Path(variables["CPPO_RUN_FOLDER"]), {})[process.pid] = size
-    return [(folder, sorted(run), sum(run.values())) for folder, run in sorted(sizes.items()) if not _owned(folder)]
+    stale = {folder: run for folder, run in sorted(sizes.items()) if folder == held or not _owned(folder)}
+    return [(folder, sorted(run), sum(run.values())) for folder, run in stale.items()]
 
 
 def _owned(folder: Path) -> bool:

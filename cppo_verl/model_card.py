@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,13 @@ def model_card(checkpoint: Checkpoint) -> str:
     return _page(header, name, [*sections, _origin(run), _loading()])
 
 
+# The folders of an absolute path, or of one from ~ or .., wherever a word may begin; not those of a URL or a hub id.
+_FOLDERS = re.compile(r"(?<![\w./~-])(?:file://(?=/)|~[\w.-]*(?=/)|\.\.?(?=/))?/(?!/)(?:[^/,\[\]{}'\"=:]+/)*(?=[^/])")
+
+
 def _without_folders(text: str) -> str:
-    """Of absolute paths only the last name: a card is published, and the rest is of one machine and its user."""
-    return re.sub(r"(?<![^\s=,\[\]'\"(])/(?:[^/\s,\]'\"]+/)*", "", text)
+    """Of local paths only the last name: a card is published, and the rest is of one machine and its user."""
+    return _FOLDERS.sub("", text)
 
 
 def _page(header: ModelCardData, title: str, sections: list[str]) -> str:
@@ -57,13 +62,13 @@ def _training(config: DictConfig, step: int) -> str:
     method = OmegaConf.to_container(config.method, resolve=True)
     assert isinstance(method, dict)
     actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
-    files = data.train_files if isinstance(data.train_files, str) else ", ".join(data.train_files)
+    files = [data.train_files] if isinstance(data.train_files, str) else data.train_files
     rows = [
         ("base model", f"`{_without_folders(str(config.actor_rollout_ref.model.path).rstrip('/'))}`"),
         ("step", f"{step} of {config.trainer.total_training_steps}"),
         *((f"`method.{key}`", f"`{json.dumps(value)}`") for key, value in method.items() if not key.startswith("_")),
         ("divergence", f"`{config.divergence.name}`, k = {config.divergence.k}"),
-        ("training data", f"`{_without_folders(files)}`"),
+        ("training data", f"`{', '.join(map(_without_folders, files))}`"),
         ("prompts x responses a step", f"{data.train_batch_size} x {rollout.n}"),
         ("prompts a minibatch", actor.ppo_mini_batch_size),
         ("longest prompt, response", f"{data.max_prompt_length}, {data.max_response_length} tokens"),
@@ -105,7 +110,7 @@ def _origin(run: Path) -> str:
     hardware = last["hardware"]
     devices = ", ".join(hardware["gpus"]) or f"{hardware['cores']} CPU cores ({hardware['cpu']})"
     rows = [
-        ("command", f"`{_without_folders(last['command'])}`"),
+        ("command", f"`{shlex.join(map(_without_folders, shlex.split(last['command'])))}`"),
         ("started", f"{attempts[0]['started']}, {len(attempts)} attempt(s)"),
         ("commit of cppo_verl", last["commit"] or "an installed package"),
         ("packages", packages),

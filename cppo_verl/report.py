@@ -11,6 +11,9 @@ from scipy.stats import bootstrap
 from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
 from cppo_verl.run_log import BENCH, read_lines, read_metrics
 
+# Outcomes in which the grader gave no verdict.
+_UNJUDGED = ("timeout", "error")
+
 
 @dataclass(frozen=True)
 class ValidationChange:
@@ -69,6 +72,10 @@ class RunReport:
             missing = sum(line.get(f"{name}/missing_responses") or 0 for line in self.steps.values())
             if missing:
                 rows.append((f"failed {name}", f"{missing} responses could not be generated or graded (see the log)"))
+        unjudged = {name: sum(line.get(f"grading/{name}") or 0 for line in self.trained()) for name in _UNJUDGED}
+        if any(unjudged.values()):
+            counts = ", ".join(f"{count} {name}" for name, count in unjudged.items() if count)
+            rows.append(("failed grading", f"{counts} (scored 0; see docs/grading.md)"))
         masked = self.masked()
         if masked:
             rows.append(
@@ -123,8 +130,7 @@ def validation_changes(folder: Path) -> list[ValidationChange]:
 def _correct(path: Path) -> dict[str, dict[tuple[str, str], list[bool]]]:
     """data source -> problem (prompt text, gold) -> one verdict per sample; samples without a verdict are left out."""
     result: dict[str, dict[tuple[str, str], list[bool]]] = {}
-    for text in path.read_text().splitlines():
-        sample = json.loads(text)
+    for sample in read_lines(path):
         if sample.get("acc") is not None:
             source = result.setdefault(str(sample.get("data_source", "validation")), {})
             source.setdefault((sample["input"], str(sample.get("gts"))), []).append(sample["acc"] > 0.5)

@@ -16,6 +16,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl import retention
 from cppo_verl.adapters import compat
 from cppo_verl.config import ConfigError, run_folder
 from cppo_verl.methods import DIVERGENCES
@@ -169,7 +170,7 @@ def _check_rollout(config: DictConfig) -> Iterator[str]:
             f"actor_rollout_ref.rollout.agent.default_agent_loop={rollout.agent.default_agent_loop}: only "
             "cppo_single_turn asks for what the trust region needs"
         )
-    if rollout.n < 2:
+    if _not_positive(rollout.n) or rollout.n is None or rollout.n < 2:
         yield f"actor_rollout_ref.rollout.n={rollout.n}: a group of one has no relative advantage; use 2 or more"
 
 
@@ -187,7 +188,12 @@ def _check_engine(config: DictConfig) -> Iterator[str]:
         "actor_rollout_ref.actor.ppo_mini_batch_size": actor.ppo_mini_batch_size,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.ppo_micro_batch_size_per_gpu,
     }
-    wrong = [f"{name} must be a positive number; got {size}" for name, size in sizes.items() if _not_positive(size)]
+    optional = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    wrong = [
+        f"{name} must be a positive number; got {size}"
+        for name, size in sizes.items()
+        if _not_positive(size) or (size is None and name != optional)
+    ]
     if wrong:
         yield from wrong
         return
@@ -267,6 +273,8 @@ def _check_data(config: DictConfig) -> Iterator[str]:
             continue
         files = config.data[key]
         files = list(files) if isinstance(files, ListConfig) else [files]
+        if not files:
+            yield f"data.{key} is an empty list: give a parquet file or a list of them"
         rows = 0
         for file in files:
             if "://" in str(file):  # a remote file system, which verl reads itself
@@ -277,7 +285,7 @@ def _check_data(config: DictConfig) -> Iterator[str]:
             if problem:
                 text = f"data.{key}: {file} {problem}"
                 yield text if Path(file).exists() else Absent(f"{text}; cppo prepare makes data files")
-        if rows and rows < needed:
+        if rows and isinstance(needed, int) and rows < needed:
             yield f"data.{key} holds {rows} problems, fewer than one batch (data.train_batch_size={needed})"
 
 
@@ -365,7 +373,10 @@ def _check_run(config: DictConfig) -> Iterator[str]:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return folder.exists() and any(path.name not in (".lock", "logs") for path in folder.iterdir())
+    """Not where its very first file could not be written."""
+    if not folder.exists():
+        return False
+    return any(path.name not in (".lock", "logs") and path.suffix != ".tmp" for path in folder.iterdir())
 
 
 def _check_checkpoints(config: DictConfig) -> Iterator[str]:
@@ -374,10 +385,40 @@ def _check_checkpoints(config: DictConfig) -> Iterator[str]:
         yield f"trainer.max_actor_ckpt_to_keep={keep}: give the number of newest checkpoints to keep, or null for all"
     if trainer.get("remove_previous_ckpt_in_save", False):
         yield "trainer.remove_previous_ckpt_in_save=true: use trainer.max_actor_ckpt_to_keep=1 instead"
+    for key in ("save_freq", "test_freq"):
+        if not isinstance(trainer[key], int):
+            yield f"trainer.{key}={trainer[key]}: give a number of steps, or -1 for never"
+    parts = ("model", "optimizer", "extra")
+    for key in ("save_contents", "load_contents"):
+        contents = config.actor_rollout_ref.actor.checkpoint[key]
+        if lacking := [part for part in parts if part not in (contents or ())]:
+            yield (
+                f"actor_rollout_ref.actor.checkpoint.{key} lacks {', '.join(lacking)}: a resumed run would go on "
+                "with a fresh one, without a word; keep model, optimizer and extra"
+            )
+    if trainer.resume_mode == "resume_path":
+        yield from _check_resume_path(config)
     if config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
         yield (
             "actor_rollout_ref.actor.checkpoint.async_save=true: when such a checkpoint is complete cannot be told, "
             "and a run resumes from complete ones only; set false"
+        )
+
+
+def _check_resume_path(config: DictConfig) -> Iterator[str]:
+    path, own = config.trainer.resume_from_path, config.trainer.default_local_dir
+    if path is None:
+        yield "trainer.resume_from_path is not set: give a global_step_N folder, or leave trainer.resume_mode alone"
+    elif "://" not in path and not Path(path).is_dir():
+        yield Absent(f"trainer.resume_from_path={path} does not exist")
+    elif not (found := re.fullmatch(r"global_step_(\d+)", Path(path).name)):
+        yield f"trainer.resume_from_path={path}: give one of verl's global_step_N folders"
+    elif Path(path).parent == Path(own) and (
+        later := [step for step in retention.complete_steps(own) if step > int(found[1])]
+    ):  # the next resume would take the newest, of what was given up
+        yield (
+            f"trainer.resume_from_path={path}: this run has later checkpoints ({', '.join(map(str, later))}); "
+            "move them away, or go on from this one in a run of another run.name"
         )
 
 

@@ -22,6 +22,10 @@ declare -A changes=(
   [binary]="divergence=binary_tv"
   [trm-max-avg]="method=trm_max_avg"
 )
+if [[ ${1:-list} != list && $1 != run ]] || [[ -n ${2:-} && -z ${changes[$2]+there} ]]; then
+  echo "usage: recipes/ablations.sh [list | run [NAME]]; NAME: $(printf '%s\n' "${!changes[@]}" | sort | paste -sd ' ')" >&2
+  exit 2
+fi
 for name in $(printf '%s\n' "${!changes[@]}" | sort); do
   read -ra change <<<"${changes[$name]}"
   run=ablation-$model-$name

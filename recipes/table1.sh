@@ -10,6 +10,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 models=(qwen3_1.7b qwen3_1.7b_base qwen3_8b_base qwen3_30b_a3b_base)
 methods=(grpo minpro cispo dppo trm_max trm_avg cppo)
 read -ra extra <<<"${EXTRA:-}"
+one_of() { # one_of WORD CHOICE...
+  local choice
+  for choice in "${@:2}"; do if [[ $1 == "$choice" ]]; then return; fi; done
+  echo "usage: recipes/table1.sh [list | run [MODEL [METHOD]]]; $1 is none of: ${*:2}" >&2
+  exit 2
+}
+one_of "${1:-list}" list run
+one_of "${2:-${models[0]}}" "${models[@]}"
+one_of "${3:-${methods[0]}}" "${methods[@]}"
 
 for model in "${models[@]}"; do
   for method in "${methods[@]}"; do

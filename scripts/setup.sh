@@ -50,13 +50,19 @@ if [[ -f $venv/.cppo-stack && $(<"$venv/.cppo-stack") != "$stack" ]]; then
   echo "setup: $venv holds the $(<"$venv/.cppo-stack") stack, whose vLLM excludes the $stack one; remove it, or set VENV=another/folder" >&2
   exit 1
 fi
-# --clear: an interrupted creation leaves an interpreter without pip.
-"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  if [[ -d $venv && -n $(ls -A "$venv") && ! -f $venv/pyvenv.cfg && ! -f $venv/.cppo-stack ]]; then
+    echo "setup: $venv is not empty and no Python environment: set VENV to another folder" >&2
+    exit 1
+  fi
+  "$python" -m venv --clear "$venv" # an interrupted creation leaves an interpreter without pip
+fi
 echo "$stack" >"$venv/.cppo-stack"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
 log=$venv/setup.log
+trap 'exit 130' INT # pip ends in order at Ctrl-C, after which bash would go on
 beat=
-trap 'if [[ -n $beat ]]; then kill "$beat" 2>/dev/null; fi' EXIT
+trap 'if [[ -n $beat ]]; then kill "$beat" 2>/dev/null || true; fi' EXIT
 logged() { # logged command...: into the log; every 30 s a sign of life
   local status=0
   while sleep 30 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do say "... ($(du -sh "$venv" | cut -f1) in $venv)"; done &
@@ -78,6 +84,8 @@ step() { # step "what" command...: quiet on success, the log's end on failure
   fi
 }
 
+complete=yes
+
 install_cpu_torch() {
   "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch") != sys.argv[1])' "${torch_cpu#*==}" 2>/dev/null ||
     "${pip[@]}" "$torch_cpu" || "${pip[@]}" "$torch_cpu" --extra-index-url "$torch_index"
@@ -97,8 +105,12 @@ else
   if [[ ${FLASH_ATTN:-1} == 0 ]] || ! logged "${pip[@]}" setuptools wheel packaging ninja psutil ||
     ! logged "${pip[@]}" --no-build-isolation flash-attn==2.8.3 -c "$requirements/gpu.lock"; then
     say "without flash-attn: give +actor_rollout_ref.model.override_config.attn_implementation=sdpa to every run (slower)"
+    if [[ ${FLASH_ATTN:-1} != 0 ]]; then
+      say "why: $log; the next scripts/setup.sh tries again, FLASH_ATTN=0 leaves it out for good"
+      complete=no
+    fi
   fi
 fi
 step "checking the seams to verl and vLLM" "$venv/bin/python" -c 'from cppo_verl.adapters import compat; compat.check()'
-echo "$fingerprint" >"$stamp"
+if [[ $complete == yes ]]; then echo "$fingerprint" >"$stamp"; fi
 say "ready: $venv (log: $log)"

@@ -43,9 +43,11 @@ class LoggedTracking:
         self._tracking, self._log, self._unfinished = tracking, log, unfinished
 
     def log(self, data: dict[str, Any], step: int) -> None:
-        self._log.metrics(step, {**self._unfinished, **data})
+        data = {**self._unfinished, **data}
         self._unfinished = {}
-        self._tracking.log(data=data, step=step)
+        self._log.metrics(step, data)
+        # What was read from a file has null for NaN.
+        self._tracking.log(data={name: value for name, value in data.items() if value is not None}, step=step)
 
     def finish(self, exit_code: int = 0) -> None:
         self._tracking.finish(exit_code=exit_code)
@@ -63,6 +65,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         self._step_batch: KVBatchMeta | None = None
         self._step_started = 0.0
         self._unfinished: dict[str, Any] = {}
+        self._unlogged: tuple[int, dict[str, Any]] | None = None
         # verl's own rotation forgets at a restart what was saved before it, and does not know the best checkpoint.
         self._keep, config.trainer.max_actor_ckpt_to_keep = config.trainer.max_actor_ckpt_to_keep, None
         super().__init__(config)
@@ -75,6 +78,9 @@ class TrustRegionTrainer(PPOTrainerSync):
     @logger.setter
     def logger(self, tracking: Tracking) -> None:
         self._tracking = LoggedTracking(tracking, self.log, self._unfinished)
+        if self._unlogged:
+            step, metrics = self._unlogged
+            self._tracking.log(metrics, step)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -99,11 +105,15 @@ class TrustRegionTrainer(PPOTrainerSync):
                 path.unlink()
         settings = self.config.trainer
         folder = retention.step_folder(settings.default_local_dir, step)
-        own = settings.resume_mode == "auto" or (step > 0 and settings.resume_from_path == str(folder))
+        own = settings.resume_from_path == str(folder)
         if not step or not own:
             self.log.forget_after(-1)
             return
-        logged = read_metrics(self.log.folder).get(step, {})
+        logged = {
+            name: value
+            for name, value in read_metrics(self.log.folder).get(step, {}).items()
+            if name not in ("step", "time")
+        }
         saved = retention.metrics_of(folder) if retention.is_complete(folder) else {}
         due = settings.test_freq > 0 and (step % settings.test_freq == 0 or step >= self.total_training_steps)
         settings.val_before_train = due and not accuracies(logged)
@@ -113,7 +123,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         else:
             self.log.forget_after(step)
             if not logged:
-                self.log.metrics(step, saved)
+                self._unlogged = step, saved
 
     def on_validate_begin(self) -> None:
         self.log.event("validating", step=self.global_steps)
@@ -194,6 +204,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         real = [
             fields for fields, tag in zip(extra_fields, batch.tags, strict=True) if not tag.get("is_padding", False)
         ]
+        _require_finite_rewards(real)
         metrics.update(outcome_metrics(real))
         if self.run.mask_std_0:
             skipped, groups = _zero_variance_rows(batch, extra_fields)
@@ -303,6 +314,18 @@ def _accuracy(extra_fields: dict[str, Any]) -> float:
     if "acc" not in verdict:
         raise ValueError(f"the reward function must return a dict with score and acc (1 right, 0 wrong); got {verdict}")
     return float(verdict["acc"])
+
+
+def _require_finite_rewards(extra_fields: list[dict[str, Any]]) -> None:
+    """A NaN in one response spreads over its group, or hides in one that mask_std_0 leaves out."""
+    for fields in extra_fields:
+        verdict = fields.get("reward_extra_info", {})
+        wrong = [name for name in ("score", "acc") if not np.isfinite(verdict.get(name, 0.0))]
+        if wrong:
+            raise ValueError(
+                f"the reward function returned {wrong[0]} = {verdict[wrong[0]]} for a response: training stopped. The "
+                "last checkpoint is intact; mend the reward, then continue with run.resume=true"
+            )
 
 
 def _clear_loss_mask(batch: KVBatchMeta, rows: list[int]) -> None:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from cppo_verl import retention
 from cppo_verl.adapters.main import ray_settings
-from cppo_verl.adapters.trainer import LoggedTracking, TrustRegionTrainer, _unsaved
+from cppo_verl.adapters.trainer import LoggedTracking, TrustRegionTrainer, _require_finite_rewards, _unsaved
 from cppo_verl.run_log import RunLog, read_lines
 
 
@@ -21,6 +21,7 @@ class Resuming:
             log=RunLog(folder),
             total_training_steps=10,
             _unfinished={},
+            _unlogged=None,
             config=OmegaConf.create(
                 {
                     "trainer": {
@@ -71,9 +72,14 @@ def test_later_steps_are_forgotten_and_nothing_is_validated_twice(run):
 def test_a_step_that_is_not_validated_keeps_its_line(run):
     without_validation(run, 2)
     resumed = Resuming(run, 2)
-    assert [line["step"] for line in resumed.lines] == [0, 1, 2]
-    assert resumed.lines[-1]["saved"] == 1  # from the checkpoint: verl had not logged it
+    assert [line["step"] for line in resumed.lines] == [0, 1]
     assert not resumed.validates
+    # verl had not logged it, neither to the file nor to wandb: both get it from the checkpoint.
+    logged = []
+    trainer = SimpleNamespace(log=RunLog(run), _unfinished={}, _unlogged=resumed.trainer._unlogged)
+    TrustRegionTrainer.logger.fset(trainer, SimpleNamespace(log=lambda data, step: logged.append((step, data))))
+    assert logged == [(2, {"reward": 0.2, "saved": 1})]
+    assert [(line["step"], line.get("saved")) for line in read_lines(run / "metrics.jsonl")][-1] == (2, 1)
 
 
 def test_an_unfinished_validation_is_repeated_and_joins_the_steps_line(run):
@@ -81,8 +87,11 @@ def test_an_unfinished_validation_is_repeated_and_joins_the_steps_line(run):
     resumed = Resuming(run, 4)
     assert resumed.validates
     assert [line["step"] for line in resumed.lines] == [0, 1, 2, 3]
-    tracking = LoggedTracking(SimpleNamespace(log=lambda data, step: None), RunLog(run), resumed.trainer._unfinished)
+    sent = []
+    wandb = SimpleNamespace(log=lambda data, step: sent.append((step, data)))
+    tracking = LoggedTracking(wandb, RunLog(run), {**resumed.trainer._unfinished, "nan": None})
     tracking.log({"val-core/x/acc/mean@16": 0.75}, 4)
+    assert sent == [(4, {"reward": 0.4, "saved": 1, "val-core/x/acc/mean@16": 0.75})]
     tracking.log({"reward": 0.5}, 5)
     *_, fourth, fifth = read_lines(run / "metrics.jsonl")
     assert (fourth["step"], fourth["reward"], fourth["val-core/x/acc/mean@16"]) == (4, 0.4, 0.75)
@@ -99,6 +108,15 @@ def test_a_run_that_starts_from_another_ones_checkpoint_has_its_own_history(run,
     RunLog(tmp_path / "other").folder.mkdir()
     RunLog(tmp_path / "other").metrics(4, {"reward": 1.0})  # of an attempt that was killed
     assert Resuming(tmp_path / "other", 4, source=run).lines == []
+
+
+@pytest.mark.parametrize("verdict", [{"score": float("nan"), "acc": 0.0}, {"score": 1.0, "acc": float("inf")}])
+def test_a_reward_that_is_no_number_is_refused(verdict):
+    """Before the update; mask_std_0 may leave its group out of the loss, where it would go unseen."""
+    fine = {"reward_extra_info": {"score": -0.5, "acc": 0.0}}
+    _require_finite_rewards([fine, {}])
+    with pytest.raises(ValueError, match=r"the reward function returned (score = nan|acc = inf) for a response"):
+        _require_finite_rewards([fine, {"reward_extra_info": verdict}])
 
 
 def test_a_checkpoint_that_cannot_be_written_is_removed_and_told(run):

@@ -186,6 +186,20 @@ REFUSED = [
     (["method._target_=pathlib.Path"], "is not a dataclass of settings"),
     (["hydra.searchpath=[file:///x]"], "the path to verl's settings stands there"),
     (["method.horizon=0"], "method.horizon must be 1 or more tokens, or null; got 0"),
+    (["trainer.save_freq=null"], "trainer.save_freq=None: give a number of steps, or -1"),
+    (["trainer.test_freq=often"], "trainer.test_freq=often: give a number of steps, or -1"),
+    (["data.train_files=[]"], "data.train_files is an empty list"),
+    (["data.train_batch_size=null"], "data.train_batch_size must be a positive number; got None"),
+    (["actor_rollout_ref.rollout.n=null"], "actor_rollout_ref.rollout.n=None"),
+    (["run.dir=null"], "run.dir=None: give a folder"),
+    (["actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]"], "save_contents lacks model, optimizer, extra"),
+    (
+        ["actor_rollout_ref.actor.checkpoint.load_contents=[model,extra]"],
+        "load_contents lacks optimizer: a resumed run",
+    ),
+    (["trainer.resume_mode=resume_path"], "trainer.resume_from_path is not set"),
+    (["trainer.resume_mode=resume_path", "trainer.resume_from_path=no/global_step_1"], "global_step_1 does not exist"),
+    (["trainer.resume_mode=resume_path", "trainer.resume_from_path=/"], "give one of verl's global_step_N folders"),
 ]
 
 

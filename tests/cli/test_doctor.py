@@ -612,7 +612,7 @@ def test_the_real_thing(overrides, tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line for line in found if line["status"] == "FAIL"] == []
     assert done.returncode == 0, done.stderr
-    assert sum(line["check"] == "plug-in" and line["status"] == "ok" for line in found) == 8
+    assert sum(line["check"] == "plug-in" and line["status"] == "ok" for line in found) == 9
     (worker,) = [line for line in found if line["check"] == "Ray" and "a worker has" in line["found"]]
     assert "verl 0.9.1" in worker["found"]
     assert "waiting for a small Ray to start (60 s at most)" in done.stderr

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -12,6 +14,7 @@ from cppo_verl import config as configuration
 from cppo_verl import launcher, retention
 from cppo_verl.checkpoints import CheckpointError, export, find
 from cppo_verl.launcher import environment, prepare_folder
+from cppo_verl.model_card import _without_folders
 from cppo_verl.run_log import RunLog, read_lines, validation_score
 from cppo_verl.validation import validate
 
@@ -82,6 +85,27 @@ def test_a_run_resumes_from_its_newest_complete_checkpoint(base, checkpoints, tm
         assert config.trainer.resume_from_path == str(checkpoints / "global_step_6")
 
 
+def test_an_earlier_checkpoint_is_not_resumed_beside_later_ones(base, checkpoints, tmp_path, monkeypatch):
+    """Saving would prune it away, and the next resume take the later one; from another run it is as good as any."""
+    OmegaConf.save(configuration.compose(base), tmp_path / "r/config.yaml", resolve=True)
+    monkeypatch.chdir(tmp_path)
+    earlier = ["trainer.resume_mode=resume_path", "trainer.resume_from_path=r/checkpoints/global_step_4/"]
+    with pytest.raises(configuration.ConfigError, match=r"this run has later checkpoints \(6\); move them away"):
+        validate(configuration.compose([*base, "run.resume=true", *earlier]))
+    branch = configuration.compose([*base, "run.name=branch", *earlier])
+    validate(branch)
+    assert branch.trainer.resume_from_path == str(checkpoints / "global_step_4")
+    retention.remove(checkpoints / "global_step_6")
+    validate(configuration.compose([*base, "run.resume=true", *earlier]))
+
+
+def test_verls_own_search_for_a_checkpoint_is_ours(base, checkpoints, tmp_path):
+    OmegaConf.save(configuration.compose(base), tmp_path / "r/config.yaml", resolve=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("8")  # which is half-written
+    config = configuration.compose([*base, "run.resume=true", "trainer.resume_mode=auto"])
+    assert config.trainer.resume_from_path == str(checkpoints / "global_step_6")
+
+
 def test_resuming_without_a_complete_checkpoint_begins_again(base, tmp_path):
     (tmp_path / "r/checkpoints/global_step_1/actor").mkdir(parents=True)
     OmegaConf.save(configuration.compose(base), tmp_path / "r/config.yaml", resolve=True)
@@ -126,12 +150,55 @@ def test_every_attempt_has_the_same_tracking_run(base, tmp_path, monkeypatch):
 
 
 def test_a_start_names_what_an_earlier_run_has_left_behind(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(launcher, "stale_processes", lambda: [(tmp_path / "old", [11, 12], 3 << 30)])
+    monkeypatch.setattr(launcher, "stale_processes", lambda held=None: [(tmp_path / "old", [11, 12], 3 << 30)])
     monkeypatch.setattr(launcher, "supervise", lambda *_: launcher.INTERRUPTED)
     assert launcher.launch(configuration.compose(base), ["cppo", "train"]) == 130
     told = capsys.readouterr().err
     assert f"2 processes of the earlier run {tmp_path / 'old'} are still there, with 3.0 GiB of memory" in told
     assert "to end them: kill 11 12" in told
+
+
+def test_a_run_does_not_go_on_beside_its_earlier_attempt(base, tmp_path, monkeypatch, capsys):
+    left = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(120)"],
+        env={**os.environ, launcher.RUN_TAG: "earlier", "CPPO_RUN_FOLDER": str(tmp_path / "r")},
+    )
+    started = []
+    monkeypatch.setattr(launcher, "supervise", lambda *_: started.append(1) or launcher.INTERRUPTED)
+    monkeypatch.setattr(launcher.time, "sleep", lambda _: None)
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: next(clock))
+    config = configuration.compose(base)
+    try:
+        assert launcher.launch(config, ["cppo", "train"]) == 2
+        told = capsys.readouterr().err
+        assert "waiting for 1 processes of an earlier attempt to end" in told
+        assert f"to end them: kill {left.pid}; then give the same command again" in told
+        assert not started
+    finally:
+        left.kill()
+        left.wait()
+    assert launcher.launch(config, ["cppo", "train"]) == 130
+    assert started
+
+
+def test_a_run_folder_that_cannot_be_written_is_told(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    config = configuration.compose([*base, f"run.dir={tmp_path}/file"])
+    assert launcher.launch(config, ["cppo", "train"]) == 2
+    assert "file/r cannot be written: " in capsys.readouterr().err
+
+    def full(path, text):
+        path.with_name(path.name + ".tmp").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = configuration.compose([*base, "run.resume=auto"])
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "write_atomically", full)
+        assert launcher.launch(config, ["cppo", "train"]) == 2
+    assert "No space left on device; make room, or change run.dir" in capsys.readouterr().err
+    assert (tmp_path / "r/config.yaml.tmp").exists()
+    validate(configuration.compose([*base, "run.resume=auto"]))  # and the same command may start it
 
 
 def test_a_failure_is_told_even_where_its_event_cannot_be_written(tmp_path, monkeypatch):
@@ -167,6 +234,30 @@ def trained(base, tmp_path):
     report = {"n": 32, "benchmarks": {"toy": {"avg": 0.711, "decoding_error": 0.0123}}}
     (run / "eval/step_4-seed0/report.json").write_text(json.dumps(report))
     return run
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/alice/runs/model/", "model/"),
+        ("a=/home/alice/x.parquet", "a=x.parquet"),
+        ("data.val_files=['/a b/c/d.parquet',/e/f.parquet]", "data.val_files=['d.parquet',f.parquet]"),
+        ("run.dir=/home/my user/runs", "run.dir=runs"),
+        ("reward.path=file:///home/alice/r.py", "reward.path=r.py"),
+        ("+x={path:/home/alice/q}", "+x={path:q}"),
+        ("~/runs ", "runs "),
+        ("~alice/runs/x", "x"),
+        ("../alice/x.parquet", "x.parquet"),
+        ("../../alice/x.parquet", "x.parquet"),
+        ("model=Qwen/Qwen3-8B", "model=Qwen/Qwen3-8B"),
+        ("pkg://cppo_verl.grading", "pkg://cppo_verl.grading"),
+        ("https://host/a/b", "https://host/a/b"),
+        ("s3://bucket/a", "s3://bucket/a"),
+        ("data/train.parquet", "data/train.parquet"),
+    ],
+)
+def test_a_model_card_names_no_folder_of_a_machine(text, shown):
+    assert _without_folders(text) == shown
 
 
 def test_the_model_card_is_filled_from_the_run(trained, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Recipes, Table 1's cells and ablations compose without a GPU and hold the paper's numbers (tests/data/paper.json)."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -195,3 +196,26 @@ def test_a_recipe_without_an_installation_says_what_to_do(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert "run scripts/setup.sh (for a --dry-run: scripts/setup.sh cpu)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("table1", ["--help"], "usage: recipes/table1.sh [list | run [MODEL [METHOD]]]"),
+        ("table1", ["qwen3_8b_base"], "qwen3_8b_base is none of: list run"),
+        ("table1", ["run", "qwen3_8b"], "qwen3_8b is none of: qwen3_1.7b"),
+        ("table1", ["run", "qwen3_8b_base", "ppo"], "ppo is none of: grpo"),
+        ("ablations", ["--help"], "usage: recipes/ablations.sh [list | run [NAME]]"),
+        ("ablations", ["run", "soft"], "NAME: binary cppo"),
+    ],
+)
+def test_a_wrong_word_starts_no_runs(script, words, message):
+    done = subprocess.run(
+        ["bash", ROOT / f"recipes/{script}.sh", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VENV": "/nowhere", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr

@@ -69,6 +69,21 @@ def test_masked_share_is_over_all_tokens_of_the_run(run):
     assert RunReport.read(run).masked() == pytest.approx({"masked": 0.06, "token": 0.03, "prefix": 0.03})
 
 
+def test_a_response_with_a_line_separator_of_unicode_is_one_sample(run):
+    """verl writes them as they are, and a torn last line may follow."""
+    with open(run / "validation/2.jsonl", "a") as file:
+        sample = {"input": "p", "acc": 1, "data_source": "other", "output": "a\u2028b\x85c"}
+        file.write(json.dumps(sample, ensure_ascii=False) + '\n{"input": "p", "a')
+    assert [change.source for change in validation_changes(run / "validation")] == ["toy"]
+
+
+def test_answers_that_could_not_be_graded_are_in_the_summary(run):
+    assert "failed grading" not in dict(RunReport.read(run).rows())
+    RunLog(run).metrics(1, {"grading/timeout": 3, "grading/error": 0})
+    RunLog(run).metrics(2, {"grading/timeout": 1})
+    assert dict(RunReport.read(run).rows())["failed grading"].startswith("4 timeout (scored 0")
+
+
 def test_summary_and_plots_are_written(run):
     RunReport.read(run).write()
     assert json.loads((run / "summary.json").read_text())["validation"][0]["source"] == "toy"
@@ -82,6 +97,8 @@ def test_display_prints_a_line_per_step_once(run, capsys):
     display.line(line)  # written before a checkpoint; not complete yet
     display.line(line | {"training/global_step": 1, "timing_s/step": 3.0, "critic/score/mean": 0.25})
     steps = [text for text in capsys.readouterr().out.splitlines() if text.startswith("step ")]
+    display.line(line | {"training/global_step": 2, "critic/score/mean": None})  # NaN, as metrics.jsonl has it
+    assert "reward nan" in capsys.readouterr().out
     assert len(steps) == 1
     assert all(
         word in steps[0] for word in ("1/2", "reward 0.250", "masked 10.00%", "token 6.00%", "3.0 s", "ETA 0m03s")

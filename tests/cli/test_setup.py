@@ -1,6 +1,7 @@
 """The set-up script: quick when nothing is to do, and clear when it cannot go on."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -54,3 +55,48 @@ def test_no_usable_python(tmp_path):
     assert done.stderr == (
         "setup: the cpu stack needs Python 3.11 to 3.12 (tested: 3.11); set PYTHON=/path/to/python\n"
     )
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = setup("cpu", VENV=str(tmp_path))
+    assert done.returncode == 1
+    assert "is not empty and no Python environment: set VENV to another folder" in done.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_ctrl_c_ends_it(tmp_path):
+    """pip ends in order at SIGINT, after which bash would go on to the next thing."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "pyvenv.cfg").touch()
+    python = venv / "bin" / "python"
+    # Answers --version; installs until it is interrupted, like pip.
+    python.write_text(
+        "#!/bin/bash\n"
+        'echo "$@" >>"$0.calls"\n'
+        "if [[ $* != *install* ]]; then exit $(( ${1:+0} )); fi\n"
+        "trap 'exit 1' INT\n"
+        "for _ in {1..300}; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", SETUP, "gpu"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "VENV": str(venv), "PYTHON": sys.executable},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background
+    )
+    calls = Path(f"{python}.calls")
+    deadline = time.time() + 20
+    while not (calls.exists() and " install " in calls.read_text()):
+        assert time.time() < deadline, process.stdout.read()
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 130, said
+    assert "flash-attn" not in said
+    assert not (venv / ".cppo-setup").exists()
+    assert calls.read_text().count(" install ") == 1

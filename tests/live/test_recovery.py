@@ -84,7 +84,7 @@ def test_nonsense_and_a_full_disk_stop_the_run_and_lose_nothing(live_assets, sma
 
     nonsense = attempt(NONSENSE="1")
     assert nonsense.returncode not in (0, 130), nonsense.stdout
-    assert "ValueError: advantages is NaN at valid token 0 of response" in nonsense.stdout
+    assert "ValueError: the reward function returned score = nan for a response" in nonsense.stdout
     assert retention.complete_steps(run / "checkpoints") == [1]
 
     full = attempt()
