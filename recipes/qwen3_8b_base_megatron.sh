@@ -5,10 +5,4 @@
 # The paper's AIME24/25/26 Avg@16, best of 490 steps: CPPO 31.11, DPPO 28.89, GRPO 23.96.
 # Data: scripts/prepare_data.sh.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cppo=${VENV:-$root/.venv}/bin/cppo
-if [[ ! -x $cppo ]] && ! cppo=$(command -v cppo); then # in a container or an uploaded checkout: the one of PATH
-  echo "cppo is not installed: run scripts/setup.sh (for a --dry-run: scripts/setup.sh cpu)" >&2
-  exit 1
-fi
-exec "$cppo" train platform=gpu recipe=qwen3_8b_base_megatron "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../scripts/cppo.sh" train platform=gpu recipe=qwen3_8b_base_megatron "$@"

@@ -9,8 +9,7 @@ if (($# == 0)); then
   echo "usage: scripts/eval_aime.sh CHECKPOINT [cppo eval options]" >&2
   exit 2
 fi
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cppo=${VENV:-$root/.venv}/bin/cppo
+cppo=(bash "$(dirname "${BASH_SOURCE[0]}")/cppo.sh")
 data=${DATA:-data}
 
 files=() missing=()
@@ -18,5 +17,5 @@ for name in aime24 aime25 aime26; do
   files+=("$data/$name.parquet")
   if [[ ! -f $data/$name.parquet ]]; then missing+=("$name"); fi
 done
-if ((${#missing[@]})); then "$cppo" prepare --train --eval "${missing[@]}" --out "$data"; fi
-exec "$cppo" eval "$1" --data "${files[@]}" -n 16 --temperature 0.7 --top-p 0.95 "${@:2}"
+if ((${#missing[@]})); then "${cppo[@]}" prepare --train --eval "${missing[@]}" --out "$data"; fi
+exec "${cppo[@]}" eval "$1" --data "${files[@]}" -n 16 --temperature 0.7 --top-p 0.95 "${@:2}"

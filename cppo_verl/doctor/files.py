@@ -223,7 +223,7 @@ def _inspect_weights(path: Path) -> tuple[str | None, int]:
 def check_data(subject: Subject) -> Iterator[Finding]:
     from omegaconf import ListConfig
 
-    from cppo_verl.validation import inspect_data_file
+    from cppo_verl.validation.files import inspect_data_file
 
     data, files = subject.config.data, []
     for key in ("train_files", "val_files"):
@@ -246,7 +246,7 @@ def check_data(subject: Subject) -> Iterator[Finding]:
 
 def check_wandb(subject: Subject) -> Iterator[Finding]:
     """Only whether a login is there; its worth shows when the run starts."""
-    from cppo_verl.validation import wandb_can_start
+    from cppo_verl.validation.run import wandb_can_start
 
     logger = subject.config.trainer.logger
     if "wandb" not in ([logger] if isinstance(logger, str) else logger or []):

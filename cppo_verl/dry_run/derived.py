@@ -7,7 +7,7 @@ from omegaconf import DictConfig, ListConfig
 
 from cppo_verl.dry_run.memory import Layout, checkpoint_bytes
 from cppo_verl.dry_run.model import Model
-from cppo_verl.validation import inspect_data_file
+from cppo_verl.validation.files import inspect_data_file
 
 
 def _rows(config: DictConfig, key: str) -> int | None:

@@ -74,7 +74,7 @@ def read_questions(files: Sequence[Path], limit: int | None = None) -> list[Ques
     """
     import pyarrow.parquet as parquet
 
-    from cppo_verl.validation import inspect_data_file
+    from cppo_verl.validation.files import inspect_data_file
 
     questions: dict[tuple[str, str], Question] = {}
     numbers: dict[str, int] = {}

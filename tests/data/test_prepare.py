@@ -23,7 +23,7 @@ from cppo_verl.data.prepare import (
 )
 from cppo_verl.data.sources import DataError, Problem, load, table_rows
 from cppo_verl.grading import compute_score, grade
-from cppo_verl.validation import inspect_data_file
+from cppo_verl.validation.files import inspect_data_file
 
 DATA = os.environ.get("CPPO_DATA_DIR")
 needs_data = pytest.mark.skipif(DATA is None, reason="CPPO_DATA_DIR is not set: the public data sets are not here")

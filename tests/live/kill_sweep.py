@@ -58,12 +58,12 @@ class Sweep:
             *(f"run.dir={folder}", "run.resume=auto", *extra),
         ]
 
-    def run(self, name: str) -> int:
+    def run(self, name: str, *settings: str) -> int:
         """To the end, without a kill; returns the exit status."""
         if self.steps in retention.complete_steps(self.folder / name / "checkpoints"):
             return 0
         with open(self.folder / f"{name}.log", "a") as log:
-            return subprocess.call([*self.command, f"run.name={name}"], stdout=log, stderr=log)
+            return subprocess.call([*self.command, f"run.name={name}", *settings], stdout=log, stderr=log)
 
     def kill_once(self, name: str, target: str, ready: bool, delay: float) -> dict:
         """Start or go on, kill ``target`` some seconds after it (``ready``: all workers) is there, wait for the end."""

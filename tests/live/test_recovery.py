@@ -19,19 +19,25 @@ pytestmark = [pytest.mark.live, pytest.mark.slow]
 CPPO = Path(sys.executable).parent / "cppo"
 
 
-def test_a_run_killed_at_a_random_moment_ends_as_one_that_was_not(tmp_path):
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """With a run of six steps that nothing disturbed; at a small learning rate (docs/operations.md: rounding)."""
+    sweep = Sweep(tmp_path_factory.mktemp("sweep"), steps=6, extra=["actor_rollout_ref.actor.optim.lr=5e-5"])
+    assert sweep.run("unbroken") == 0, (sweep.folder / "unbroken.log").read_text()
+    return sweep
+
+
+def test_a_run_killed_at_a_random_moment_ends_as_one_that_was_not(sweep):
     """One sample of kill_sweep.py, at another moment in every run of the tests; the seed is printed."""
     seed = random.SystemRandom().randrange(1 << 32)
     moment = random.Random(seed)
     target, delay = moment.choice(list(TARGETS)), moment.uniform(0, 25)
     print(f"seed {seed}: {target} {delay:.1f} s after the workers are ready")
-    sweep = Sweep(tmp_path, steps=6, extra=[])
-    assert sweep.run("unbroken") == 0, (tmp_path / "unbroken.log").read_text()
     kill = sweep.kill_once("killed", target, True, delay)
     assert kill["exit_status"] != 0
     assert kill["seconds_to_end"] < 60
     assert kill["processes_left"] == 0
-    assert sweep.run("killed") == 0, (tmp_path / "killed.log").read_text()
+    assert sweep.run("killed") == 0, (sweep.folder / "killed.log").read_text()
     verdict = sweep.compare("unbroken", "killed")
     print(json.dumps({**kill, **verdict}))
     assert verdict["largest_advantage"] > 0.1
@@ -40,6 +46,15 @@ def test_a_run_killed_at_a_random_moment_ends_as_one_that_was_not(tmp_path):
     assert verdict["responses_equal"] == verdict["responses"] == 6 * 32
     assert verdict["weights_differ"] <= 1e-6
     assert verdict["validations_equal"]
+
+
+def test_the_same_seed_without_the_mask_ends_elsewhere(sweep):
+    """The off-switch, measured by what found the killed run equal."""
+    assert sweep.run("open", "method.delta=1e9", "method.delta_b=null") == 0, (sweep.folder / "open.log").read_text()
+    verdict = sweep.compare("unbroken", "open")
+    print(json.dumps(verdict))
+    assert verdict["every_step_once"]
+    assert verdict["weights_differ"] > 1e-4
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""Whether the model, the data and the reward function are there and can be read."""
+
+import ast
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+
+class Absent(str):
+    """A problem that is none on a machine which has the file."""
+
+
+def check_model(config: DictConfig) -> Iterator[str]:
+    """A Hugging Face folder, or a hub id that can be fetched."""
+    model = config.actor_rollout_ref.model
+    if model.path is None:
+        yield "actor_rollout_ref.model.path is not set: give a Hugging Face folder or hub id"
+        return
+    path = Path(model.path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            yield f"actor_rollout_ref.model.path={model.path} has no config.json: not a Hugging Face model folder"
+    elif path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
+        yield Absent(f"actor_rollout_ref.model.path={model.path} does not exist")
+    elif os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(model.path):
+        yield Absent(f"actor_rollout_ref.model.path={model.path} is not in the local hub cache, and HF_HUB_OFFLINE=1")
+
+
+def _in_hub_cache(repository: str) -> bool:
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
+        os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")), "hub"
+    )
+    return Path(cache, f"models--{repository.replace('/', '--')}").is_dir()
+
+
+def check_data(config: DictConfig) -> Iterator[str]:
+    """Every training and validation file, and enough problems for a batch."""
+    for key, needed in (("train_files", config.data.train_batch_size), ("val_files", 1)):
+        if config.data[key] is None:
+            yield f"data.{key} is not set: give a parquet file or a list of them"
+            continue
+        files = config.data[key]
+        files = list(files) if isinstance(files, ListConfig) else [files]
+        if not files:
+            yield f"data.{key} is an empty list: give a parquet file or a list of them"
+        rows = 0
+        for file in files:
+            if "://" in str(file):  # a remote file system, which verl reads itself
+                rows = 1 << 60
+                continue
+            problem, count = inspect_data_file(Path(file), config.data.prompt_key)
+            rows += count
+            if problem:
+                text = f"data.{key}: {file} {problem}"
+                yield text if Path(file).exists() else Absent(f"{text}; cppo prepare makes data files")
+        if rows and isinstance(needed, int) and rows < needed:
+            yield f"data.{key} holds {rows} problems, fewer than one batch (data.train_batch_size={needed})"
+
+
+def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
+    """(what is wrong or None, number of rows) of one verl data file; only parquet is looked into."""
+    if not path.is_file():
+        return "does not exist", 0
+    if path.suffix != ".parquet":
+        return None, 1 << 60  # verl reads json too; its own loader reports what is wrong there
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        columns = set(file.schema_arrow.names)
+        missing = {prompt_key, "data_source", "reward_model"} - columns
+        if missing:
+            return f"lacks the column {', '.join(sorted(missing))} (it has {', '.join(sorted(columns))})", 0
+        if "agent_name" in columns:
+            return "has a column agent_name, which would replace our agent loop; leave it out", 0
+        count = file.metadata.num_rows
+        if not count:
+            return "is empty", 0
+        first = next(file.iter_batches(batch_size=1)).to_pylist()[0]
+    except (pyarrow.ArrowException, OSError) as error:
+        return f"is not a readable parquet file: {error}", 0
+    if not isinstance(first[prompt_key], list) or "content" not in (first[prompt_key][0] or {}):
+        return f"has a {prompt_key} that is not a list of chat messages with role and content", 0
+    if "ground_truth" not in (first["reward_model"] or {}):
+        return "has a reward_model without ground_truth", 0
+    return None, count
+
+
+def check_reward(config: DictConfig) -> Iterator[str]:
+    """The reward function, without running it, and the overlong buffer."""
+    key, path = "reward.custom_reward_function", config.reward.custom_reward_function.path
+    if path is None:
+        yield f"{key}.path is not set: give a file with a reward function, or leave it at pkg://cppo_verl.grading"
+    elif path.startswith("pkg://"):
+        module = path.removeprefix("pkg://").replace("/", ".")
+        if not _importable(module):
+            yield f"{key}.path={path}: there is no module {module}"
+    elif not Path(path.removeprefix("file://")).is_file():
+        yield f"{key}.path={path} does not exist"
+    else:
+        yield from _check_reward_file(Path(path.removeprefix("file://")), config.reward.custom_reward_function.name)
+    overlong, longest = config.reward.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
+    if overlong.enable and not 0 < overlong.len <= longest:
+        yield (
+            f"reward.reward_kwargs.overlong_buffer_cfg.len={overlong.len} must be between 1 and "
+            f"data.max_response_length={longest}"
+        )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def _check_reward_file(path: Path, name: str) -> Iterator[str]:
+    """Read, not run: the function may need what only the reward workers have."""
+    try:
+        text = path.read_text()
+        ast.parse(text, str(path))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        yield f"reward.custom_reward_function.path={path} is not Python: {error}"
+        return
+    if not re.search(rf"\b{re.escape(name)}\b", text):
+        yield f"reward.custom_reward_function.name={name}: {path} does not define it"
