@@ -54,18 +54,21 @@ class Checkpoint:
         return self.folder_name if self.step is None else f"step_{self.step}"
 
 
-def find(text: str, revision: str | None = None) -> Checkpoint:
+def find(text: str, revision: str | None = None, on_hub: bool = True) -> Checkpoint:
     """The checkpoint that ``text`` names.
 
     Args:
         text: a Hugging Face folder or hub id; a run folder or verl's checkpoint folder (its latest checkpoint);
             ``global_step_N`` or its ``actor``.
         revision: commit, tag or branch of a hub id.
+        on_hub: what is no path here may be a hub id.
 
     Raises:
         CheckpointError: nothing usable is there.
     """
     path = Path(text).expanduser()
+    if not path.exists() and not on_hub:
+        raise CheckpointError(f"{text} does not exist: give a run folder or one of its checkpoints/global_step_N")
     if not path.exists():
         return _from_hub(text, revision)
     path = path.absolute()

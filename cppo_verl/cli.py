@@ -174,10 +174,15 @@ def _train(options: argparse.Namespace) -> int:
 
         text = OmegaConf.to_yaml(config, resolve=True)
         terminal = sys.stdout.isatty()
-        for line in report(config):
+        lines, warnings = report(config)
+        for line in lines:
             print(line if terminal else f"# {line}")
         print(f"the resolved configuration, {text.count(chr(10))} lines of YAML: add > FILE" if terminal else text)
-        print(f"# checked: {config.method.name} over {config.divergence.name}; nothing was started", file=sys.stderr)
+        for warning in () if terminal else warnings:
+            print(f"# warning: {warning}", file=sys.stderr)
+        warned = f", {len(warnings)} warning{'s' * (len(warnings) > 1)}" if warnings else ""
+        checked = f"{config.method.name} over {config.divergence.name}{warned}"
+        print(f"# checked: {checked}; nothing was started", file=sys.stderr)
         return 0
     from cppo_verl.launcher import launch
 
@@ -217,7 +222,7 @@ def _merge(options: argparse.Namespace) -> int:
     from cppo_verl.checkpoints import export, find
 
     def merge() -> int:
-        print(f"written: {export(find(options.checkpoint), options.out, say=print)}")
+        print(f"written: {export(find(options.checkpoint, on_hub=False), options.out, say=print)}")
         return 0
 
     return _refusing("merge", merge)

@@ -1,14 +1,16 @@
 """Composing the configuration of ``cppo train`` from configs/, verl's own defaults and the command line."""
 
 import importlib.util
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl import retention
@@ -48,8 +50,39 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             config = hydra_compose("train", overrides=chosen)
         _fill_in_run(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from None
+        unknown = re.match(r"Could not override '([^']+)'", str(error))
+        raise ConfigError(_no_such_setting(unknown[1], chosen) if unknown else str(error)) from None
     return config
+
+
+def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
+    """What Hydra says of an unknown key ends in advice to append it, which hides the mistyped name."""
+    groups = [override for override in overrides if override.partition("=")[0] in (*GROUPS, "hydra.searchpath")]
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        config = hydra_compose("train", overrides=groups)
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    siblings = [str(child) for child in node] if isinstance(node, DictConfig) else []
+    prefix = f"{parent}." if parent else ""
+    near = [] if parent in GROUPS else [path for path in _paths(config) if path.rpartition(".")[2] == name]
+    near += [prefix + found for found in get_close_matches(name, {*siblings, *(() if parent else GROUPS)})]
+    text = f"{key}: there is no such setting"
+    if near:
+        text += f", did you mean {' or '.join(near[:3])}?"
+    if parent == "method":
+        text += f"; method={config.method.name} has {', '.join(child for child in siblings if child[0] != '_')}"
+    elif parent.partition(".")[0] in ("actor_rollout_ref", "data", "reward"):
+        text += f" (+{key}=... adds a key that verl may read)"
+    return text
+
+
+def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings, outer ones first."""
+    inner = [(prefix + str(name), node._get_node(name)) for name in node]
+    yield from (path for path, _ in inner)
+    for path, child in inner:
+        if isinstance(child, DictConfig):
+            yield from _paths(child, f"{path}.")
 
 
 def choices(group: str) -> list[str]:

@@ -49,6 +49,11 @@ def _without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
+def _plain(word: str) -> str:
+    """A command's word without folders, and without Hydra's quotes where the value needs none."""
+    return re.sub(r"^([^=]+)='([\w.+-]*)'$", r"\1=\2", _without_folders(word))
+
+
 def _page(header: ModelCardData, title: str, sections: list[str]) -> str:
     return f"---\n{header.to_yaml()}\n---\n\n# {title}\n\n" + "\n\n".join(sections) + "\n"
 
@@ -110,7 +115,7 @@ def _origin(run: Path) -> str:
     hardware = last["hardware"]
     devices = ", ".join(hardware["gpus"]) or f"{hardware['cores']} CPU cores ({hardware['cpu']})"
     rows = [
-        ("command", f"`{shlex.join(map(_without_folders, shlex.split(last['command'])))}`"),
+        ("command (of local paths the last name)", f"`{shlex.join(map(_plain, shlex.split(last['command'])))}`"),
         ("started", f"{attempts[0]['started']}, {len(attempts)} attempt(s)"),
         ("commit of cppo_verl", last["commit"] or "an installed package"),
         ("packages", packages),

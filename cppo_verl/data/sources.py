@@ -168,6 +168,11 @@ def _problems(
         if isinstance(text, list):  # chat messages, as verl's own files have them
             text = "\n".join(str(message.get("content", "")) for message in text if message.get("role") == "user")
         if not str(text or "").strip() or not str("" if gold is None else gold).strip():
-            raise DataError(f"{name}: row {number} has an empty {problem if not text else answer}")
+            column = answer if str(text or "").strip() else problem
+            lacks = "an empty" if _value(record, column) is not None else "no"
+            raise DataError(
+                f"{name}: {origin}: row {number + 1} has {lacks} {column} (it has {', '.join(record)}); "
+                f"all rows are read by the first one's columns, {problem} and {answer}"
+            )
         own = record.get("id")
         yield Problem(f"{name}-{number}" if own is None else str(own), str(text), str(gold))

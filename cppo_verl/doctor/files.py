@@ -50,13 +50,7 @@ def check_settings(subject: Subject) -> Iterator[Finding]:
 def check_disk(subject: Subject) -> Iterator[Finding]:
     """Room for the run's checkpoints, for what Ray spills, and for what the hub sends."""
     folder = _model_folder(subject.model) if subject.model else None
-    parameters = inspect_model(folder)[1] if folder else 0
-    if not parameters and subject.model:
-        from cppo_verl.dry_run.model import find_model
-
-        shape = find_model(subject.config.actor_rollout_ref.model)[0]
-        parameters = shape.parameters if shape else 0
-    yield _checkpoint_room(subject, Path(subject.config.run.dir), parameters * _BYTES_PER_PARAMETER)
+    yield _checkpoint_room(subject, Path(subject.config.run.dir), _checkpoint_size(subject, folder))
     temporary = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     usage = shutil.disk_usage(_existing(temporary))
     found = f"Ray's files ({temporary}): {readable(usage.free)} free"
@@ -78,7 +72,20 @@ def check_disk(subject: Subject) -> Iterator[Finding]:
         yield ok(found)
 
 
-def _checkpoint_room(subject: Subject, folder: Path, size: int) -> Finding:
+def _checkpoint_size(subject: Subject, folder: Path | None) -> float:
+    """Bytes, as the dry run says; of another kind of model by its files; 0 where neither tells."""
+    from cppo_verl.dry_run.memory import checkpoint_bytes
+    from cppo_verl.dry_run.model import find_model
+
+    if subject.model is None:
+        return 0
+    shape = find_model(subject.config.actor_rollout_ref.model)[0]
+    if shape is not None:
+        return checkpoint_bytes(subject.config, shape)
+    return inspect_model(folder)[1] * _BYTES_PER_PARAMETER if folder else 0
+
+
+def _checkpoint_room(subject: Subject, folder: Path, size: float) -> Finding:
     """``size``: bytes of one checkpoint, 0 where it is not known."""
     trainer, free = subject.config.trainer, shutil.disk_usage(_existing(folder)).free
     found = f"runs ({folder}): {readable(free)} free"
@@ -239,7 +246,8 @@ def check_data(subject: Subject) -> Iterator[Finding]:
             continue
         problem, rows = inspect_data_file(Path(file), data.prompt_key)
         if problem:
-            yield fail(f"{key}{file} {problem}", "cppo prepare --train NAME=FILE --eval ... --out data (docs/data.md)")
+            prepare = "cppo prepare --train NAME=FILE --eval ... --out data (docs/data.md)"
+            yield fail(f"{key}{file} {problem}", f"scripts/prepare_data.sh for the paper's data, else {prepare}")
         else:
             yield ok(f"{key}{file}: " + (f"{rows:,} rows" if Path(file).suffix == ".parquet" else "not looked into"))
 

@@ -24,8 +24,13 @@ _ENGINES = {"fsdp": "dp", "fsdp2": "dp", "megatron": "megatron"}
 _PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", "vllm")
 
 
-def report(config: DictConfig) -> Iterator[str]:
-    """The sections as lines."""
+def report(config: DictConfig) -> tuple[list[str], list[str]]:
+    """(the sections as lines, the warnings among them)."""
+    found: list[str] = []
+    return list(_sections(config, found)), found
+
+
+def _sections(config: DictConfig, found: list[str]) -> Iterator[str]:
     strategy = config.actor_rollout_ref.actor.strategy
     engine = _ENGINES.get(strategy, strategy)
     with initialize_config_dir(str(verl_config_dir()), version_base=None):
@@ -48,7 +53,7 @@ def report(config: DictConfig) -> Iterator[str]:
         yield from _indented(_cache(config, model, card))
         yield "host memory per node, at least"
         yield from _indented(_host(config, model))
-    found = [*unknown_fields(config, verl), *warnings(config, model, expected, card)]
+    found += [*unknown_fields(config, verl), *warnings(config, model, expected, card)]
     yield (
         "warnings"
         if found

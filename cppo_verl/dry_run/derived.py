@@ -47,7 +47,7 @@ def derived(config: DictConfig, model: Model | None) -> dict[str, str]:
         "steps of the run": "not known (total_training_steps is null)" if steps is None else f"{steps:,}",
         "optimizer steps of the run": "not known" if steps is None else f"{steps * updates:,}",
         "tokens per step, at most": f"{responses * layout.longest:,} ({responses:,} x {layout.longest:,})",
-        "GPUs": _devices(layout),
+        "GPUs": _devices(config, layout),
         "responses of a minibatch per rank": f"{layout.responses}",
         "micro-batches of a minibatch per rank": _micro_batches(config, layout),
         "tokens of a micro-batch per GPU, at most": f"{layout.tokens:,}",
@@ -70,10 +70,11 @@ def derived(config: DictConfig, model: Model | None) -> dict[str, str]:
     return result
 
 
-def _devices(layout: Layout) -> str:
+def _devices(config: DictConfig, layout: Layout) -> str:
+    nodes, of_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
     ranks = f"{layout.data_parallel} data-parallel rank{'s' * (layout.data_parallel > 1)}"
     each = "" if layout.split == 1 else f", each of {layout.split} GPUs that work on the same responses"
-    return f"{layout.devices} ({ranks}{each})"
+    return f"{layout.devices} ({nodes} node{'s' * (nodes > 1)} x {of_node}; {ranks}{each})"
 
 
 def queue_bytes(config: DictConfig) -> int:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from cppo_verl.config import verl_config_dir
 from cppo_verl.dry_run.derived import saves_of, size_text, steps_of, updates_of
 from cppo_verl.dry_run.difference import text_of
-from cppo_verl.dry_run.memory import GIB, Estimate, Layout, checkpoint_bytes, key_value_bytes, vllm_weights
+from cppo_verl.dry_run.memory import GIB, Estimate, Layout, Parts, checkpoint_bytes, key_value_bytes, vllm_weights
 from cppo_verl.dry_run.model import Model
 
 # Of a card: contexts, NCCL and fragmentation take a part that is not estimated.
@@ -25,6 +25,8 @@ def warnings(config: DictConfig, model: Model | None, expected: Estimate | None,
     yield from _about_batches(config)
     yield from _about_method(config)
     yield from _about_rollout(config, model)
+    if model is not None and config.actor_rollout_ref.actor.strategy == "megatron":
+        yield from _about_megatron(config, model)
     yield from _about_run(config, model)
     if model is not None and expected is not None:
         yield from _about_memory(config, model, expected, card)
@@ -72,24 +74,13 @@ def _fields(name: str) -> set[str] | None:
 
 def _about_batches(config: DictConfig) -> Iterator[str]:
     actor, layout = config.actor_rollout_ref.actor, Layout.of(config)
-    responses = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
     minibatch = f"{_ACTOR}.ppo_mini_batch_size={actor.ppo_mini_batch_size}"
     if actor.use_dynamic_bsz and layout.longest > actor.ppo_max_token_len_per_gpu * layout.sequence:
         yield (
             f"{_ACTOR}.ppo_max_token_len_per_gpu={actor.ppo_max_token_len_per_gpu}: the longest prompt and response, "
             f"{layout.longest} tokens, stop the run; give at least {math.ceil(layout.longest / layout.sequence)}"
         )
-    if layout.devices % layout.split:
-        yield (
-            f"trainer.nnodes x trainer.n_gpus_per_node = {layout.devices} is not a multiple of the {layout.split} GPUs "
-            "of tensor, pipeline, context and sequence parallelism; verl refuses it"
-        )
-    elif responses % layout.data_parallel:
-        yield (
-            f"{minibatch}: its {responses} responses cannot be divided over {layout.data_parallel} data-parallel "
-            "ranks; verl refuses it"
-        )
-    elif layout.responses < 4 and layout.data_parallel > 1:
+    if layout.responses < 4 and layout.data_parallel > 1:
         yield (
             f"{minibatch} leaves {layout.responses} responses to a rank, and all ranks wait for the longest; use fewer "
             "GPUs or larger minibatches"
@@ -132,14 +123,11 @@ def _about_method(config: DictConfig) -> Iterator[str]:
 def _about_rollout(config: DictConfig, model: Model | None) -> Iterator[str]:
     rollout, layout = config.actor_rollout_ref.rollout, Layout.of(config)
     tensor = rollout.tensor_model_parallel_size
-    replica = tensor * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
     key = f"{_ROLLOUT}.tensor_model_parallel_size={tensor}"
     if model is not None and model.heads % tensor:
         yield f"{key} does not divide the model's {model.heads} attention heads; vLLM refuses it"
     elif model is not None and max(model.key_value_heads, tensor) % min(model.key_value_heads, tensor):
         yield f"{key} and the model's {model.key_value_heads} key-value heads do not divide; vLLM refuses it"
-    if layout.devices % replica:
-        yield f"{key}: {layout.devices} GPUs are not a multiple of a replica's {replica}; verl refuses it"
     length = rollout.max_model_len or layout.longest
     if length < layout.longest:
         yield f"{_ROLLOUT}.max_model_len={length} cuts responses: prompt and response may have {layout.longest} tokens"
@@ -150,6 +138,19 @@ def _about_rollout(config: DictConfig, model: Model | None) -> Iterator[str]:
         yield f"{_ROLLOUT}.val_kwargs.n=1: one sample a problem says little; the paper takes 16"
     elif not val.do_sample or val.temperature == 0:
         yield f"{_ROLLOUT}.val_kwargs.n={val.n} without sampling gives one answer {val.n} times; set n=1"
+
+
+def _about_megatron(config: DictConfig, model: Model) -> Iterator[str]:
+    megatron = config.actor_rollout_ref.actor.megatron
+    tensor, experts = megatron.tensor_model_parallel_size, megatron.expert_model_parallel_size
+    if model.heads % tensor:
+        key = f"{_ACTOR}.megatron.tensor_model_parallel_size={tensor}"
+        yield f"{key} does not divide the model's {model.heads} attention heads; Megatron refuses it"
+    key = f"{_ACTOR}.megatron.expert_model_parallel_size={experts}"
+    if experts > 1 and not model.experts:
+        yield f"{key}: the model has no experts; leave it at 1"
+    elif model.experts % experts:
+        yield f"{key} does not divide the model's {model.experts} experts; Megatron refuses it"
 
 
 def _about_run(config: DictConfig, model: Model | None) -> Iterator[str]:
@@ -186,19 +187,38 @@ def _about_memory(config: DictConfig, model: Model, expected: Estimate, card: fl
         for name in vars(expected)
     }
     if expected.update.total > _USABLE * card:
-        recompute = f"{_ACTOR}.megatron.override_transformer_config.recompute_granularity=full"
-        if config.actor_rollout_ref.actor.strategy != "megatron":
-            recompute = "actor_rollout_ref.model.enable_gradient_checkpointing=true"
-        yield f"the update takes {sizes['update']}: fewer tokens a micro-batch, more parallelism, or {recompute}"
+        yield f"the update takes {sizes['update']}: {_for_update(config, expected.update, _USABLE * card)}"
+    engine = config.actor_rollout_ref.actor
+    engine = engine.megatron if engine.strategy == "megatron" else engine.fsdp_config
+    offload = (
+        "more GPUs" if engine.param_offload and engine.optimizer_offload else "param_offload and optimizer_offload"
+    )
     share = f"{_ROLLOUT}.gpu_memory_utilization={rollout.gpu_memory_utilization}"
     kept = expected.rollout.total - expected.rollout.vllm
     if expected.rollout.total > _USABLE * card:
         yield (
             f"{share}: generation takes {sizes['rollout']} with what the trainer keeps; give at most "
-            f"{max(math.floor(100 * (_USABLE - kept / card)), 0) / 100}, or param_offload and optimizer_offload"
+            f"{max(math.floor(100 * (_USABLE - kept / card)), 0) / 100}, or {offload}"
         )
     if expected.sync.total > _USABLE * card:
-        yield f"sending the weights to vLLM takes {sizes['sync']}: param_offload and optimizer_offload"
+        yield f"sending the weights to vLLM takes {sizes['sync']}: {offload}"
     room = rollout.gpu_memory_utilization * card - vllm_weights(config, model)
     if room < Layout.of(config).longest * key_value_bytes(config, model):
         yield f"{share} leaves no room for one response beside the weights; give more, or tensor_model_parallel_size"
+
+
+def _for_update(config: DictConfig, update: Parts, room: float) -> str:
+    """What would help and is not in force."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    if update.weights + update.gradients + update.optimizer + update.vllm > room:
+        return "weights, gradients and optimizer alone are too large; more GPUs"
+    if actor.strategy == "megatron":
+        granularity = f"{_ACTOR}.megatron.override_transformer_config.recompute_granularity"
+        recompute = "" if OmegaConf.select(config, granularity) == "full" else f", or {granularity}=full"
+    else:
+        recompute = (
+            ""
+            if model.enable_gradient_checkpointing
+            else (", or actor_rollout_ref.model.enable_gradient_checkpointing=true")
+        )
+    return f"fewer tokens a micro-batch, more GPUs{recompute}"

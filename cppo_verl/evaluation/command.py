@@ -113,7 +113,7 @@ def _show_window(window: dict[str, Any]) -> None:
         ("the last checkpoint", window["last"]),
     ]
     rows = ((name, str(row["step"]), f"{row['avg']:.1%}", _plus_minus(row)) for name, row in named)
-    _console.print(rich_table((window["best"]["of"], "step", "Avg@k", "decoding error"), rows))
+    _console.print(rich_table((window["best"]["of"], "step", "Avg@k", "decoding error"), rows, _console.width))
 
 
 def _plus_minus(row: dict[str, Any]) -> str:
@@ -340,7 +340,7 @@ def report(folder: Path, regrade: bool = False) -> int:
 
 def _report(folder: Path) -> int:
     numbers = write_report(Evaluation.read(folder))
-    for table in terminal_tables(numbers):
+    for table in terminal_tables(numbers, _console.width):
         _console.print()
         _console.print(table)
     _console.print()
@@ -354,10 +354,10 @@ def compare(first: Path, second: Path, out: Path | None = None) -> int:
     """``cppo compare A B``: paired differences over the questions of two evaluations."""
     result = summary.compare(Evaluation.read(first), Evaluation.read(second))
     _console.print(f"A  {first}\nB  {second}\n", soft_wrap=True)
-    _console.print(summary.comparison_table(result))
+    _console.print(summary.comparison_table(result, _console.width))
     _console.print("\ndifferences in percentage points, paired by question; p: sign-flip test, two-sided")
     for name, (a, b) in result["settings"].items():
-        _console.print(f"note: {name} differs (A {a}, B {b}); the difference may be its", soft_wrap=True)
+        _console.print(f"note: {name} differs (A {a}, B {b}); the scores may differ because of it", soft_wrap=True)
     if out:
         out.write_text(json.dumps(result, indent=2) + "\n")
     return 0

@@ -1,7 +1,7 @@
 """The numbers of an evaluation, computed from its kept samples alone, and their Markdown and terminal tables."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -134,15 +134,20 @@ _BEHAVIOUR_HEADINGS = (
 )  # fmt: skip
 
 
-def terminal_tables(report: dict[str, Any]) -> list[Table]:
-    """The two tables that `cppo eval` and `cppo report` print."""
+def terminal_tables(report: dict[str, Any], width: int) -> list[Table]:
+    """The two tables that `cppo eval` and `cppo report` print, for a terminal of so many characters."""
     return [
-        rich_table(_score_headings(report["n"]), _scores(report)),
-        rich_table(_BEHAVIOUR_HEADINGS, _behaviour(report)),
+        rich_table(_score_headings(report["n"]), _scores(report), width),
+        rich_table(_BEHAVIOUR_HEADINGS, _behaviour(report), width),
     ]
 
 
-def rich_table(headings: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Table:
+def rich_table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]], width: int) -> Table:
+    """No word is cut in 80 characters: where ``width`` is too small, each word of a heading has a line."""
+    rows = list(rows)
+    widths = (max(map(len, column)) for column in zip(headings, *rows, strict=True))
+    if sum(widths) + 2 * (len(headings) - 1) > width:
+        headings = tuple(heading.replace(" ", "\n") for heading in headings)
     table = Table(box=None, pad_edge=False)
     for position, heading in enumerate(headings):
         table.add_column(heading, justify="right" if position else "left")
@@ -267,7 +272,7 @@ def _setting_differences(a: Evaluation, b: Evaluation) -> dict[str, list[Any]]:
     return {key: [flat[0].get(key), flat[1].get(key)] for key in flat[0] if flat[0].get(key) != flat[1].get(key)}
 
 
-def comparison_table(comparison: dict[str, Any]) -> Table:
+def comparison_table(comparison: dict[str, Any], width: int) -> Table:
     """The table that `cppo compare` prints; differences in percentage points."""
     headings = ("benchmark", "questions", "A", "B", "A - B", "95% over questions", "p")
     rows = (
@@ -282,4 +287,4 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
         )
         for name, row in comparison["rows"].items()
     )
-    return rich_table(headings, rows)
+    return rich_table(headings, rows, width)

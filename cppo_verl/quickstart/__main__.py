@@ -7,6 +7,8 @@ DIR receives ``model/`` (a Hugging Face checkpoint), ``train.parquet``, ``heldou
 import argparse
 import json
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from dataclasses import asdict, fields
@@ -132,6 +134,8 @@ def main() -> None:
         return
     if out.exists() and not existing.is_file() and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"{out} exists and is not a quickstart build; move it or choose another --out")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half built is removed
+    print(f"warming up a tiny Qwen3 on sums: {settings['warmup']['steps']} steps of supervised training", flush=True)
     manifest = build_atomically(out, settings)
     sampled = manifest["heldout_sampled"]
     print(

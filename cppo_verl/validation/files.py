@@ -30,6 +30,15 @@ def check_model(config: DictConfig) -> Iterator[str]:
         yield Absent(f"actor_rollout_ref.model.path={model.path} is not in the local hub cache, and HF_HUB_OFFLINE=1")
 
 
+def check_megatron(config: DictConfig) -> Iterator[str]:
+    """Megatron-core, which set-up does not install."""
+    if config.actor_rollout_ref.actor.strategy == "megatron" and not _importable("megatron.core"):
+        yield Absent(
+            "actor_rollout_ref.actor.strategy=megatron: Megatron-core is not installed, and scripts/setup.sh does not "
+            "install it: build docker/Dockerfile on an image that has it (docs/cluster.md)"
+        )
+
+
 def _in_hub_cache(repository: str) -> bool:
     cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
         os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")), "hub"
@@ -47,7 +56,7 @@ def check_data(config: DictConfig) -> Iterator[str]:
         files = list(files) if isinstance(files, ListConfig) else [files]
         if not files:
             yield f"data.{key} is an empty list: give a parquet file or a list of them"
-        rows = 0
+        rows, long = 0, 0
         for file in files:
             if "://" in str(file):  # a remote file system, which verl reads itself
                 rows = 1 << 60
@@ -57,8 +66,30 @@ def check_data(config: DictConfig) -> Iterator[str]:
             if problem:
                 text = f"data.{key}: {file} {problem}"
                 yield text if Path(file).exists() else Absent(f"{text}; cppo prepare makes data files")
+            elif count < 1 << 60:
+                long += _too_long(Path(file), config)
         if rows and isinstance(needed, int) and rows < needed:
             yield f"data.{key} holds {rows} problems, fewer than one batch (data.train_batch_size={needed})"
+        elif long and isinstance(needed, int) and rows - long < needed:
+            yield (
+                f"data.{key}: {long} of {rows} prompts have more tokens than data.max_prompt_length="
+                f"{config.data.max_prompt_length} and are left out, so fewer than {needed} remain; give a longer one"
+            )
+
+
+def _too_long(file: Path, config: DictConfig) -> int:
+    """Prompts of over data.max_prompt_length tokens, without the chat template; 0 where that cannot be told here."""
+    path = config.actor_rollout_ref.model.path
+    tokenizer_file = Path(path).expanduser() / "tokenizer.json" if path else None
+    if tokenizer_file is None or not tokenizer_file.is_file() or not config.data.filter_overlong_prompts:
+        return 0
+    import pyarrow.parquet as parquet
+    from tokenizers import Tokenizer
+
+    prompts = parquet.read_table(file, columns=[config.data.prompt_key])[config.data.prompt_key].to_pylist()
+    texts = ["".join(str(message["content"]) for message in prompt) for prompt in prompts]
+    encoded = Tokenizer.from_file(str(tokenizer_file)).encode_batch(texts, add_special_tokens=False)
+    return sum(len(tokens.ids) > config.data.max_prompt_length for tokens in encoded)
 
 
 def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:

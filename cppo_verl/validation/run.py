@@ -55,8 +55,11 @@ def check_checkpoints(config: DictConfig) -> Iterator[str]:
         yield f"trainer.max_actor_ckpt_to_keep={keep}: give the number of newest checkpoints to keep, or null for all"
     if trainer.get("remove_previous_ckpt_in_save", False):
         yield "trainer.remove_previous_ckpt_in_save=true: use trainer.max_actor_ckpt_to_keep=1 instead"
+    steps = trainer.total_training_steps
+    if not_positive(steps):
+        yield f"trainer.total_training_steps={steps}: give a number of steps, or null for trainer.total_epochs"
     for key in ("save_freq", "test_freq"):
-        if not isinstance(trainer[key], int):
+        if not isinstance(trainer[key], int) and (trainer[key] is None or trainer[key] != steps):  # may be set by it
             yield f"trainer.{key}={trainer[key]}: give a number of steps, or -1 for never"
     parts = ("model", "optimizer", "extra")
     for key in ("save_contents", "load_contents"):

@@ -194,19 +194,53 @@ def _check_micro_batch(config: DictConfig) -> Iterator[str]:
             "give a number, or actor_rollout_ref.actor.use_dynamic_bsz=true"
         )
         return
-    responses = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
-    devices, split = config.trainer.nnodes * config.trainer.n_gpus_per_node, _model_parallel_size(config)
-    ranks = devices // split
-    if ranks < 1:
-        yield (
-            f"trainer.nnodes x trainer.n_gpus_per_node = {devices} is less than one copy of the model takes ({split}: "
-            "tensor, pipeline, context and sequence parallelism)"
-        )
-    elif responses % (ranks * micro):
+    responses, ranks = _minibatch(config)
+    if ranks and responses % ranks == 0 and responses % (ranks * micro):
         yield (
             f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} must divide the {responses} responses of a "
             f"minibatch (ppo_mini_batch_size x rollout.n) spread over {ranks} data-parallel ranks"
         )
+
+
+def check_parallelism(config: DictConfig) -> Iterator[str]:
+    """How the GPUs are divided: what verl or Megatron would refuse after the cluster has started."""
+    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
+    devices, split = trainer.nnodes * trainer.n_gpus_per_node, _model_parallel_size(config)
+    given = f"trainer.nnodes x trainer.n_gpus_per_node = {devices}"
+    if devices < split:
+        yield (
+            f"{given} is less than one copy of the model takes ({split}: tensor, pipeline, context and sequence "
+            "parallelism)"
+        )
+    elif devices % split:
+        yield f"{given} is not a multiple of the {split} of tensor, pipeline, context and sequence parallelism"
+    tensor = rollout.tensor_model_parallel_size
+    replica = tensor * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+    if devices % replica:
+        yield (
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={tensor}: {given} is not a multiple of a vLLM "
+            f"replica's {replica} (tensor, data and pipeline parallelism)"
+        )
+    if actor.strategy == "megatron" and (experts := actor.megatron.expert_model_parallel_size) > 1:
+        tensor = actor.megatron.expert_tensor_parallel_size or actor.megatron.tensor_model_parallel_size
+        if devices % (over := experts * tensor * actor.megatron.pipeline_model_parallel_size):
+            yield (
+                f"actor_rollout_ref.actor.megatron.expert_model_parallel_size={experts}: {given} is not a multiple of "
+                f"the {over} of expert, expert-tensor and pipeline parallelism"
+            )
+    responses, ranks = _minibatch(config)
+    if ranks and responses % ranks:
+        yield (
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}: its {responses} responses "
+            f"cannot be divided over {ranks} data-parallel ranks"
+        )
+
+
+def _minibatch(config: DictConfig) -> tuple[int, int]:
+    """(responses of a minibatch, data-parallel ranks they are spread over: 0 where the GPUs are not enough for one)."""
+    devices = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    responses = config.actor_rollout_ref.actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    return responses, devices // _model_parallel_size(config)
 
 
 def _model_parallel_size(config: DictConfig) -> int:

@@ -271,6 +271,8 @@ def test_ray_submit(cluster):
     copy = cluster.folder / "copy"
     (copy / "recipes").mkdir(parents=True)
     (copy / RECIPE).write_text((ROOT / RECIPE).read_text())
+    (copy / "scripts").mkdir()
+    (copy / "scripts/cppo.sh").write_text((ROOT / "scripts/cppo.sh").read_text())  # without its mode
     (cluster.bin / "ray").write_text(
         """#!/bin/bash
         note "$(printf '%q ' "$@")"

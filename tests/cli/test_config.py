@@ -142,7 +142,12 @@ REFUSED = [
     (["reward.reward_kwargs.overlong_buffer_cfg.enable=true"], "overlong_buffer_cfg.len=4096 must be between 1 and"),
     (["distillation.enabled=true"], "distillation.enabled=true: verl's distillation replaces the policy loss"),
     (["divergence=js"], "divergence=js: there is no such divergence; choose one of binary_kl"),
-    (["method.detla=0.2"], "method.detla"),
+    (["method.detla=0.2"], "method.detla: there is no such setting, did you mean method.delta or method.delta_b?"),
+    (["method=grpo", "method.delta=0.2"], "there is no such setting; method=grpo has name, eps_low, eps_high"),
+    (["metod=grpo"], "metod: there is no such setting, did you mean method?"),
+    (["delta=0.2"], "delta: there is no such setting, did you mean method.delta or"),
+    (["actor_rollout_ref.actor.optim.lrr=1"], "did you mean actor_rollout_ref.actor.optim.lr? (+actor_rollout_ref"),
+    (["foo.bar=1"], "foo.bar: there is no such setting"),
     (["method.delta=0"], "method.delta must be > 0; got 0"),
     (["method.delta=-0.1"], "method.delta must be > 0; got -0.1"),
     (["method.delta=nan"], "method.delta must be > 0; got nan"),
@@ -169,6 +174,17 @@ REFUSED = [
     (["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null"], "ppo_micro_batch_size_per_gpu is not set"),
     (["actor_rollout_ref.actor.ppo_mini_batch_size=0"], "ppo_mini_batch_size must be a positive number; got 0"),
     (["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"], "is less than one copy of the model takes"),
+    (
+        ["trainer.n_gpus_per_node=6", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4"],
+        "trainer.nnodes x trainer.n_gpus_per_node = 6 is not a multiple of the 4",
+    ),
+    (["trainer.n_gpus_per_node=3"], "ppo_mini_batch_size=8: its 128 responses cannot be divided over 3 data-parallel"),
+    (
+        ["actor_rollout_ref.rollout.tensor_model_parallel_size=16"],
+        "n_gpus_per_node = 1 is not a multiple of a vLLM replica's 16",
+    ),
+    (["data.max_prompt_length=3"], "64 of 64 prompts have more tokens than data.max_prompt_length=3"),
+    (["trainer.total_training_steps=abc"], "trainer.total_training_steps=abc: give a number of steps, or null"),
     (["actor_rollout_ref.actor.grad_clip=0.5"], "set actor_rollout_ref.actor.optim.clip_grad"),
     (["actor_rollout_ref.model.path=/no/such/model"], "actor_rollout_ref.model.path=/no/such/model does not exist"),
     (["actor_rollout_ref.model.path=null"], "actor_rollout_ref.model.path is not set"),
@@ -206,6 +222,33 @@ REFUSED = [
 @pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[" ".join(case[0]) for case in REFUSED])
 def test_refused_with_a_reason(base, overrides, message):
     assert message in refusal([*base, *overrides])
+
+
+def test_megatrons_recipes():
+    """Four cards cannot hold eight-fold expert parallelism; nowhere does set-up install Megatron-core."""
+    thirty_billion = ["platform=gpu", "recipe=qwen3_30b_a3b_base"]
+    absent = [line for line in validate(configuration.compose(thirty_billion), planned=True) if "data." not in line]
+    assert any("strategy=megatron: Megatron-core is not installed" in line for line in absent)
+    assert "Megatron-core is not installed" in refusal(thirty_billion)
+    four = refusal([*thirty_billion, "trainer.nnodes=1", "trainer.n_gpus_per_node=4"])
+    assert (
+        "expert_model_parallel_size=8: trainer.nnodes x trainer.n_gpus_per_node = 4 is not a multiple of the 8" in four
+    )
+
+
+def test_the_length_of_the_run_alone_is_blamed(base):
+    """The quickstart saves and validates every trainer.total_training_steps steps."""
+    assert len(refusal([*base, "trainer.total_training_steps=abc"]).splitlines()) == 1
+
+
+def test_some_prompts_may_be_too_long(base, tmp_path):
+    """verl leaves them out; refused is only what leaves less than a batch."""
+    chats = [[{"role": "user", "content": "1+1=" * (1 + 8 * (row % 2))}] for row in range(66)]
+    write(tmp_path / "long.parquet", prompt=chats, data_source=["x"] * 66, reward_model=[GOLD] * 66)
+    some = [*base, f"data.train_files={tmp_path / 'long.parquet'}"]
+    validate(configuration.compose(some))
+    assert "33 of 66 prompts have more tokens" in refusal([*some, "data.train_batch_size=64"])
+    validate(configuration.compose([*some, "data.train_batch_size=64", "data.max_prompt_length=40"]))
 
 
 def test_all_problems_are_reported_at_once(base):

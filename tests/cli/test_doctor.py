@@ -297,6 +297,10 @@ def test_the_checkpoint_of_a_model_that_is_not_here_has_a_size(subject, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = next(files.check_disk(subject("actor_rollout_ref.model.path=Qwen/Qwen3-8B-Base", "trainer.save_freq=10")))
     assert "a checkpoint takes about 91.5 GiB" in found.found
+    # Megatron writes bfloat16 weights besides, as in the dry run.
+    megatron = ["model_engine=megatron", "actor_rollout_ref.actor.strategy=megatron"]
+    run = subject("actor_rollout_ref.model.path=Qwen/Qwen3-8B-Base", "trainer.save_freq=10", *megatron)
+    assert "a checkpoint takes about 106.8 GiB" in next(files.check_disk(run)).found
 
 
 @pytest.mark.parametrize(
@@ -314,7 +318,7 @@ def test_the_checkpoint_of_a_model_that_is_not_here_has_a_size(subject, monkeypa
 def test_room_for_checkpoints(subject, monkeypatch, free, more, expected):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(100 * GIB, 0, int(free * GIB)))
-    monkeypatch.setattr(files, "inspect_model", lambda _: ([], GIB // 4))
+    monkeypatch.setattr(files, "_checkpoint_size", lambda *_: 3 * GIB)
     run = subject("trainer.total_training_steps=100", "trainer.save_freq=10", *more)
     found = next(files.check_disk(run))
     assert (found.status, found.remedy is None) == (expected, expected == "ok")

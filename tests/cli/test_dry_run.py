@@ -206,7 +206,7 @@ def test_derived_quantities_of_the_papers_runs(printed, name):
 
 def test_ranks_and_micro_batches(printed):
     found = pairs(printed(*recipe("qwen3_30b_a3b_base"))[1]["derived"])
-    assert found["GPUs"] == "32 (8 data-parallel ranks, each of 4 GPUs that work on the same responses)"
+    assert found["GPUs"] == "32 (4 nodes x 8; 8 data-parallel ranks, each of 4 GPUs that work on the same responses)"
     assert found["responses of a minibatch per rank"] == "64"  # 32 prompts x 16 over 8
     assert found["micro-batches of a minibatch per rank"].startswith("at most 64 ")  # 17,408 of 32,768 tokens each
     found = pairs(printed(*recipe("qwen3_1.7b_1gpu"))[1]["derived"])
@@ -283,12 +283,6 @@ def test_the_recipes_have_nothing_to_warn_about(printed, name):
 
 WARNINGS = {
     "budget": ([f"{ACTOR}.ppo_max_token_len_per_gpu=9000"], f"{ACTOR}.ppo_max_token_len_per_gpu", "give at least 9216"),
-    "parallelism": (
-        ["trainer.n_gpus_per_node=6", f"{ACTOR}.ulysses_sequence_parallel_size=4"],
-        "trainer.nnodes x trainer.n_gpus_per_node",
-        "not a multiple of the 4",
-    ),
-    "ranks": (["trainer.n_gpus_per_node=3"], f"{ACTOR}.ppo_mini_batch_size", "256 responses cannot be divided over 3"),
     "few": (["trainer.nnodes=16"], f"{ACTOR}.ppo_mini_batch_size", "leaves 2 responses"),
     "one update": ([f"{ACTOR}.ppo_mini_batch_size=128"], f"{ACTOR}.ppo_mini_batch_size", "no trust region acts"),
     "never exceeded": (["method.delta=1.5"], "method.delta", "at most 1"),
@@ -305,11 +299,6 @@ WARNINGS = {
         [f"{ROLLOUT}.tensor_model_parallel_size=3"],
         f"{ROLLOUT}.tensor_model_parallel_size",
         "32 attention heads",
-    ),
-    "replicas": (
-        [f"{ROLLOUT}.tensor_model_parallel_size=16"],
-        f"{ROLLOUT}.tensor_model_parallel_size",
-        "8 GPUs are not a multiple",
     ),
     "length": ([f"{ROLLOUT}.max_model_len=4096"], f"{ROLLOUT}.max_model_len", "cuts responses"),
     "prefill": ([f"{ROLLOUT}.enable_chunked_prefill=false"], f"{ROLLOUT}.max_num_batched_tokens", "at least 9216"),
@@ -351,6 +340,39 @@ def test_each_warning(eight_billion, name):
     model, _ = find_model(config.actor_rollout_ref.model)
     found = [*warnings(config, model, estimate(config, model, 80 * GIB), 80 * GIB)]
     assert any(line.startswith(setting) and text in line for line in found), found
+
+
+@pytest.fixture(scope="module")
+def thirty_billion(folder):
+    return compose(recipe("qwen3_30b_a3b_base"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ({f"{ACTOR}.megatron.expert_model_parallel_size": 3}, "=3 does not divide the model's 128 experts"),
+        ({f"{ACTOR}.megatron.tensor_model_parallel_size": 5}, "=5 does not divide the model's 32 attention heads"),
+        ({"actor_rollout_ref.model.path": "Qwen/Qwen3-8B-Base"}, "=8: the model has no experts"),
+        ({"trainer.nnodes": 1}, "the update takes an estimated 74 GiB of 80: fewer tokens a micro-batch, more GPUs"),
+        ({"trainer.nnodes": 1, "trainer.n_gpus_per_node": 4}, "gradients and optimizer alone are too large; more GPUs"),
+        ({f"{ROLLOUT}.gpu_memory_utilization": 0.95}, "give at most 0.9, or more GPUs"),
+    ],
+)
+def test_megatrons_warnings_name_what_is_not_in_force(thirty_billion, overrides, text):
+    config = thirty_billion.copy()
+    for key, value in overrides.items():
+        OmegaConf.update(config, key, value)
+    model, _ = find_model(config.actor_rollout_ref.model)
+    found = [*warnings(config, model, estimate(config, model, 80 * GIB), 80 * GIB)]
+    assert any(text in line for line in found), found
+    assert not any("recompute" in line or "offload" in line for line in found)
+
+
+def test_warnings_are_seen_where_the_report_goes_to_a_file(folder, capsys):
+    assert main(["train", "--dry-run", "run.name=dry", *recipe("qwen3_8b_base"), "trainer.save_freq=-1"]) == 0
+    told = capsys.readouterr().err
+    assert "# warning: trainer.save_freq=-1: nothing is saved" in told
+    assert "# checked: cppo over topk_tv, 1 warning; nothing was started" in told
 
 
 def test_a_field_that_verl_lacks(printed):

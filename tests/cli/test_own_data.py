@@ -40,11 +40,21 @@ def test_own_problems_become_verls_files(folder, capsys):
 
 def test_training_accepts_them_with_the_own_reward(folder, live_assets, capsys):
     main(["prepare", "--train", "mine=mine.jsonl", "--eval", "held=held.jsonl"])
+    command = re.search(r"^cppo (train recipe=.*)$", PAGE, re.MULTILINE)[1].split()
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith("holds 2 problems, fewer than one batch (data.train_batch_size=64)\n")
+    many = [{"problem": f"What is 3 + {n}?", "answer": str(n + 3)} for n in range(10, 110)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    main(["prepare", "--train", "mine=mine.jsonl", "--eval", "held=held.jsonl"])
+    assert main(command) == 0
+    capsys.readouterr()
     settings = ["recipe=quickstart", f"quickstart.assets={live_assets}", "data.train_files=data/mine.parquet"]
     settings += ["data.val_files=data/held.parquet", "reward.custom_reward_function.path=my_reward.py"]
     sizes = ["data.train_batch_size=2", "actor_rollout_ref.actor.ppo_mini_batch_size=2"]
     micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8"
-    assert main(["train", *settings, *sizes, micro, "--dry-run"]) == 0
+    assert main(["train", *settings, *sizes, micro, "--dry-run"]) == 2
+    assert "100 of 100 prompts have more tokens than data.max_prompt_length=24" in capsys.readouterr().err
+    assert main(["train", *settings, *sizes, micro, "data.max_prompt_length=200", "--dry-run"]) == 0
     assert f"path: {folder / 'my_reward.py'}" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,7 +38,8 @@ def compose(tmp_path, monkeypatch):
 
     def run(overrides):
         config = configuration.compose(overrides)
-        validate(config)
+        absent = validate(config, planned=True)
+        assert all("Megatron-core is not installed" in line for line in absent), absent
         return config
 
     return run
@@ -188,6 +190,25 @@ def test_a_recipe_for_gpus_is_one_on_every_machine():
     assert configuration.compose(["recipe=qwen3_8b_base"]).trainer.device == "cuda"
     assert configuration.compose(["recipe=qwen3_8b_base", "platform=cpu"]).trainer.device == "cpu"
     assert configuration.compose(["recipe=quickstart"]).trainer.device == ("cuda" if configuration.has_gpu() else "cpu")
+
+
+def quickstart(folder, *words):
+    """The script in a folder with nothing in it, on the environment of this test."""
+    environment = {**os.environ, "VENV": sys.prefix, "ASSETS": str(folder / "assets")}
+    command = ["bash", ROOT / "recipes/quickstart.sh", f"run.dir={folder}", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)
+
+
+@pytest.mark.skipif(not (Path(sys.prefix) / ".cppo-setup").exists(), reason="not an environment of scripts/setup.sh")
+def test_the_quickstart_warms_nothing_up_before_its_settings_are_right(tmp_path):
+    assert "bash recipes/quickstart.sh [overrides]" in quickstart(tmp_path, "--help").stdout
+    done = quickstart(tmp_path, "method=grpo", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "# checked: grpo over topk_tv" in done.stderr
+    done = quickstart(tmp_path, "method.detla=0.2")
+    assert done.returncode == 2
+    assert "did you mean method.delta" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_recipe_without_an_installation_says_what_to_do(tmp_path):

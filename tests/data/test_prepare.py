@@ -148,7 +148,10 @@ def test_repeated_rows_of_the_hub_count_once():
         ("{", "cannot be read: line 1"),
         ('{"text": "x"}\n', "has none of the columns problem, question, prompt"),
         ('{"problem": "x"}\n', "has none of the columns answer"),
-        ('{"problem": "x", "answer": "1"}\n{"problem": "", "answer": "1"}\n', "row 1 has an empty problem"),
+        (
+            '{"problem": "x", "answer": "1"}\n{"problem": "", "answer": "1"}\n',
+            "row 2 has an empty problem (it has problem, answer)",
+        ),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, capsys, content, message):

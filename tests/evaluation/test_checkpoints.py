@@ -4,6 +4,7 @@ import pytest
 
 from cppo_verl import retention
 from cppo_verl.checkpoints import CheckpointError, checkpoints_of, find, fingerprint
+from cppo_verl.cli import main
 
 
 def hugging_face(folder, weights="w"):
@@ -98,6 +99,11 @@ def test_nothing_there(text, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=message):
         find(text)
+
+
+def test_only_a_folder_is_merged(capsys):
+    assert main(["merge", "runs/nope"]) == 2
+    assert "runs/nope does not exist: give a run folder or one of its" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

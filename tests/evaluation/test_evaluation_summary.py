@@ -1,11 +1,13 @@
 """Reports and comparisons from kept samples: every number against a direct count, and what is refused."""
 
 import functools
+import io
 import json
 from dataclasses import asdict
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cppo_verl.cli import main
 from cppo_verl.data.sources import AIME
@@ -300,3 +302,15 @@ def test_options_of_the_row_reach_the_grader_as_in_training():
     plain = Question("own", "0", [], "34")
     assert grade_sample(sample, plain).outcome == "no_answer"
     assert grade_sample(sample, plain, functools.partial(compute_score, answer_line=True)).answer == "34"
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_no_word_of_the_tables_is_cut(width):
+    row = ("arithmetic", "19.92%", "0.29%", "0.00%", "0.00%", "0.00%", "30", "30", "36")
+    console = Console(width=width, file=io.StringIO())
+    console.print(summary.rich_table(summary._BEHAVIOUR_HEADINGS, iter([row]), width))
+    lines = console.file.getvalue().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    assert len(lines) == (3 if width == 80 else 2)
+    for word in (*row, *" ".join(summary._BEHAVIOUR_HEADINGS).split()):
+        assert word in console.file.getvalue().split()
