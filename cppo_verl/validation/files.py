@@ -66,8 +66,8 @@ def check_data(config: DictConfig) -> Iterator[str]:
             if problem:
                 text = f"data.{key}: {file} {problem}"
                 yield text if Path(file).exists() else Absent(f"{text}; cppo prepare makes data files")
-            elif count < 1 << 60:
-                long += _too_long(Path(file), config)
+            elif count < 1 << 60 and isinstance(needed, int):
+                long += _too_long(Path(file), config, needed)
         if rows and isinstance(needed, int) and rows < needed:
             yield f"data.{key} holds {rows} problems, fewer than one batch (data.train_batch_size={needed})"
         elif long and isinstance(needed, int) and rows - long < needed:
@@ -77,8 +77,12 @@ def check_data(config: DictConfig) -> Iterator[str]:
             )
 
 
-def _too_long(file: Path, config: DictConfig) -> int:
-    """Prompts of over data.max_prompt_length tokens, without the chat template; 0 where that cannot be told here."""
+def _too_long(file: Path, config: DictConfig, enough: int) -> int:
+    """Prompts of over data.max_prompt_length tokens, without the chat template; 0 where that cannot be told here.
+
+    Args:
+        enough: shorter ones after which the rest is not looked at.
+    """
     path = config.actor_rollout_ref.model.path
     tokenizer_file = Path(path).expanduser() / "tokenizer.json" if path else None
     if tokenizer_file is None or not tokenizer_file.is_file() or not config.data.filter_overlong_prompts:
@@ -86,10 +90,21 @@ def _too_long(file: Path, config: DictConfig) -> int:
     import pyarrow.parquet as parquet
     from tokenizers import Tokenizer
 
-    prompts = parquet.read_table(file, columns=[config.data.prompt_key])[config.data.prompt_key].to_pylist()
-    texts = ["".join(str(message["content"]) for message in prompt) for prompt in prompts]
-    encoded = Tokenizer.from_file(str(tokenizer_file)).encode_batch(texts, add_special_tokens=False)
-    return sum(len(tokens.ids) > config.data.max_prompt_length for tokens in encoded)
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception:  # the library's own kind
+        return 0
+    key, long, short = config.data.prompt_key, 0, 0
+    for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=[key]):
+        for prompt in batch.to_pydict()[key]:
+            contents = (message.get("content") for message in prompt or ())
+            text = "".join(content for content in contents if isinstance(content, str))
+            # One at a time: encode_batch starts threads, of which the library warns when the launcher forks.
+            is_long = len(tokenizer.encode(text, add_special_tokens=False).ids) > config.data.max_prompt_length
+            long, short = long + is_long, short + (not is_long)
+            if short >= enough:
+                return long
+    return long
 
 
 def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
