@@ -199,7 +199,10 @@ def main() -> int:
     records = read_lines(sweep.results) if sweep.results.exists() else ()
     done = sum(record["kind"] == "kill" for record in records)
     for target, ready, delay in plan[done:]:
-        sweep.note(sweep.kill_once("killed", target, ready, delay))
+        kill = sweep.kill_once("killed", target, ready, delay)
+        if kill["exit_status"] == 0:
+            raise RuntimeError("the run was at its end before this kill: give more --steps, or a smaller --longest")
+        sweep.note(kill)
     if sweep.run("killed") != 0:
         raise RuntimeError(f"the resumed run failed: {options.folder}/killed.log")
     verdict = sweep.compare("unbroken", "killed")
