@@ -26,6 +26,6 @@ settings=(
 if [[ ! $dry ]]; then
   # A mistyped setting is told before the warm-up, not after it.
   checked=$("$bin/cppo" train "${settings[@]}" "$@" --dry-run 2>&1 >/dev/null) || { echo "$checked" >&2 && exit 2; }
-  OMP_WAIT_POLICY=PASSIVE "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed"
+  "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed"
 fi
 exec "$bin/cppo" train "${settings[@]}" "$@"
