@@ -1,6 +1,6 @@
 """The methods of Table 1, one class each, over one shared divergence, surrogate family and reduction.
 
-A method is its typed settings (documented, with their defaults, in ``configs/method/<name>.yaml``) plus one rule that
+A method is its typed settings (explained, with their defaults, in ``configs/method/<name>.yaml``) plus one rule that
 turns a batch of tokens into per-token losses. Hydra builds it from the config's ``_target_``; nothing here knows verl.
 """
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,21 @@ from torch import Tensor
 from cppo_verl import core
 
 
-class Divergence(NamedTuple):
-    """One choice of D_t: a function of ``core`` and what it needs to know."""
+class Measure(NamedTuple):
+    """How a divergence D_t is computed: a function of ``core`` and what it needs to know."""
 
     function: Callable[..., Tensor]
     over_topk: bool
     """Whether it takes log pi and log mu at the rollout's K most likely tokens, besides those of the sampled token."""
 
 
-DIVERGENCES = {
-    "topk_tv": Divergence(core.topk_tv, over_topk=True),
-    "topk_kl": Divergence(core.topk_kl, over_topk=True),
-    "binary_tv": Divergence(core.binary_tv, over_topk=False),
-    "binary_kl": Divergence(core.binary_kl, over_topk=False),
-    "k3": Divergence(lambda log_prob, rollout_log_prob: core.k3(log_prob - rollout_log_prob), over_topk=False),
+# By ``divergence.name``.
+MEASURES = {
+    "topk_tv": Measure(core.topk_tv, over_topk=True),
+    "topk_kl": Measure(core.topk_kl, over_topk=True),
+    "binary_tv": Measure(core.binary_tv, over_topk=False),
+    "binary_kl": Measure(core.binary_kl, over_topk=False),
+    "k3": Measure(lambda log_prob, rollout_log_prob: core.k3(log_prob - rollout_log_prob), over_topk=False),
 }
 
 
@@ -41,12 +42,17 @@ class Tokens(NamedTuple):
     rollout_log_prob: Tensor
     """log mu of the sampled tokens, as vLLM sampled them."""
     advantages: Tensor
-    response_mask: Tensor
-    """bool."""
+    valid: Tensor
+    """bool: the response tokens that count; verl's response_mask without the groups that ``run.mask_std_0`` skips."""
     divergence: Tensor
     """D_t."""
     response_seeds: Tensor | None = None
     """int64 ``[B]``: one seed per response, for the shuffled weights only."""
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log rho_t = log pi - log mu, float32, without gradient."""
+        return self.log_prob.detach().float() - self.rollout_log_prob.float()
 
 
 class Outcome(NamedTuple):
@@ -93,32 +99,29 @@ class Cppo:
         return self.weights == "shuffled"
 
     def __call__(self, tokens: Tokens) -> Outcome:
-        mask = tokens.response_mask
-        weights = self._weights(tokens)
-        delta_b = None
-        if self.delta_b is not None:
-            delta_b = core.prefix_budget(
-                tokens.divergence,
-                mask,
-                delta_b=self.delta_b,
-                quantile=self.delta_b_quantile,
-                max_factor=self.delta_b_max_factor,
-                validate=False,
-            )
-        rule = partial(self._rule, tokens, weights=weights, delta_b=delta_b)
-        region = rule(core.cppo_mask)
-        gate = rule(core.soft_gate) if self.soft_gate else region.keep.float()
-        return Outcome(_ratio_loss(tokens, gate, self.ratio_cap), gate, region.token_exceeded, delta_b)
-
-    def _rule(self, tokens: Tokens, function: Callable[..., Any], *, weights: Tensor, delta_b: Tensor | None) -> Any:
-        return function(
-            _log_ratio(tokens),
+        delta_b = self._prefix_budget(tokens)
+        region = core.cppo_mask(
+            tokens.log_ratio,
             tokens.advantages,
             tokens.divergence,
-            tokens.response_mask,
+            tokens.valid,
             delta=self.delta,
-            weights=weights,
+            weights=self._weights(tokens),
             delta_b=delta_b,
+            validate=False,
+        )
+        gate = core.soft_gate(region) if self.soft_gate else region.keep.float()
+        return Outcome(_ratio_loss(tokens, gate, self.ratio_cap), gate, region.token_exceeded, delta_b)
+
+    def _prefix_budget(self, tokens: Tokens) -> Tensor | None:
+        if self.delta_b is None:
+            return None
+        return core.prefix_budget(
+            tokens.divergence,
+            tokens.valid,
+            delta_b=self.delta_b,
+            quantile=self.delta_b_quantile,
+            max_factor=self.delta_b_max_factor,
             validate=False,
         )
 
@@ -127,12 +130,12 @@ class Cppo:
             core.position_weights, w_min=self.w_min, schedule=self.weights, horizon=self.horizon, validate=False
         )
         if not self.needs_response_seeds:
-            return weigh(tokens.response_mask)
+            return weigh(tokens.valid)
         if tokens.response_seeds is None:
             raise ValueError("weights=shuffled needs one seed per response, so that micro-batching cannot change it")
         rows = [
             weigh(row[None], generator=torch.Generator().manual_seed(seed))
-            for row, seed in zip(tokens.response_mask, tokens.response_seeds.tolist(), strict=True)
+            for row, seed in zip(tokens.valid, tokens.response_seeds.tolist(), strict=True)
         ]
         return torch.cat(rows)
 
@@ -152,10 +155,10 @@ class Dppo:
 
     def __call__(self, tokens: Tokens) -> Outcome:
         region = core.dppo_mask(
-            _log_ratio(tokens),
+            tokens.log_ratio,
             tokens.advantages,
             tokens.divergence,
-            tokens.response_mask,
+            tokens.valid,
             delta=self.delta,
             validate=False,
         )
@@ -184,7 +187,7 @@ class Trm:
     def __call__(self, tokens: Tokens) -> Outcome:
         region = core.trm_mask(
             tokens.divergence,
-            tokens.response_mask,
+            tokens.valid,
             delta_max=self.delta_max,
             delta_avg=self.delta_avg,
             validate=False,
@@ -219,7 +222,7 @@ class Grpo(_RatioClipping):
             eps_low=self.eps_low,
             eps_high=self.eps_high,
         )
-        rho = _log_ratio(tokens).exp()
+        rho = tokens.log_ratio.exp()
         up = (tokens.advantages > 0) & (rho > 1.0 + self.eps_high)
         down = (tokens.advantages < 0) & (rho < 1.0 - self.eps_low)
         clipped = up | down
@@ -248,15 +251,11 @@ class MinPro(_RatioClipping):
             tokens.log_prob,
             tokens.rollout_log_prob,
             tokens.advantages,
-            tokens.response_mask,
+            tokens.valid,
             eps_low=self.eps_low,
             eps_high=self.eps_high,
         )
         return _unmasked(loss)
-
-
-def _log_ratio(tokens: Tokens) -> Tensor:
-    return tokens.log_prob.detach().float() - tokens.rollout_log_prob.float()
 
 
 def _ratio_loss(tokens: Tokens, gate: Tensor, ratio_cap: float | None) -> Tensor:

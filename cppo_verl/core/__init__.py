@@ -1,7 +1,8 @@
 """The algorithm, in pure torch: divergences, position weights, prefix budgets, masks and surrogates.
 
-Reading order: divergence -> weights -> masks -> surrogate. Shapes: ``[B, T]`` is a batch of responses, right-padded;
-``response_mask`` is 1 on valid response tokens and may have holes (position t then counts valid tokens only).
+Reading order: divergence -> weights -> masks -> surrogate. docs/equations.md leads from each equation to its
+function and tests. Shapes: ``[B, T]`` is a batch of responses, right-padded; ``response_mask`` is 1 on valid response
+tokens and may have holes (position t then counts valid tokens only).
 """
 
 from cppo_verl.core.divergence import binary_kl, binary_tv, k3, topk_kl, topk_tv

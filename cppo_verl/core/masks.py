@@ -4,7 +4,7 @@ Prefix sums are accumulated in float64 and compared in float32, so that a thresh
 (the comparison is inclusive) whatever the length. None of this carries a gradient.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class TrustRegion(NamedTuple):
     """bool: S_t > delta + delta_b W_{t-1}, on valid tokens, whatever the direction of the update."""
     threshold: Tensor
     """float32: c_t; negative once the prefix has overspent its budget."""
+    excess: Tensor
+    """float32: x_t of Eq. 19, whatever the direction of the update; above 1 exactly where a constraint is exceeded."""
 
 
 @torch.no_grad()
@@ -49,9 +51,21 @@ def cppo_mask(
     """
     valid = response_mask.bool()
     _check_region(log_ratio, advantages, divergence, valid, delta, weights, delta_b, validate)
-    token_exceeded, prefix_exceeded, threshold, _ = _constraints(divergence, valid, delta, weights, delta_b)
-    keep = valid & (_corrective(log_ratio, advantages) | ~(token_exceeded | prefix_exceeded))
-    return TrustRegion(keep, token_exceeded, prefix_exceeded, threshold)
+    w = weights.double().masked_fill(~valid, 0.0)
+    z = w * divergence.double().masked_fill(~valid, 0.0)
+    token_exceeded = valid & (z.float() > delta)
+    if delta_b is None:
+        prefix_exceeded, threshold, x = torch.zeros_like(valid), valid.float() * delta, z / delta
+    else:
+        spent, weight_before = z.cumsum(-1), _before(w.cumsum(-1))
+        # delta_b = inf means "never binding", also before the first token, where inf * 0 would be NaN.
+        bound = delta + torch.where(weight_before > 0, delta_b.double().unsqueeze(-1) * weight_before, 0.0)
+        prefix_exceeded = valid & (spent.float() > bound.float())
+        threshold = torch.where(valid, (bound - _before(spent)).clamp_max(delta), 0.0).float()
+        x = torch.maximum(z / delta, spent / bound)
+    exceeded = token_exceeded | prefix_exceeded
+    keep = valid & (_corrective(log_ratio, advantages) | ~exceeded)
+    return TrustRegion(keep, token_exceeded, prefix_exceeded, threshold, _excess(x, exceeded, valid))
 
 
 @torch.no_grad()
@@ -108,10 +122,16 @@ def trm_mask(
     prefix_exceeded = never if delta_avg is None else valid & (mean > delta_avg)
     keep = valid & ~(token_exceeded.any(-1, keepdim=True) | prefix_exceeded)
     limit = delta_avg if delta_max is None else delta_max
-    return TrustRegion(keep, token_exceeded, prefix_exceeded, valid.float() * float(limit or 0.0))
+    x = torch.zeros_like(spent) if delta_max is None else spent / delta_max
+    if delta_avg is not None:
+        x = torch.maximum(x, mean.double() / delta_avg)
+    excess = _excess(x, token_exceeded | prefix_exceeded, valid)
+    return TrustRegion(keep, token_exceeded, prefix_exceeded, valid.float() * float(limit or 0.0), excess)
 
 
-@torch.no_grad()
+@overload
+def soft_gate(log_ratio: TrustRegion) -> Tensor: ...
+@overload
 def soft_gate(
     log_ratio: Tensor,
     advantages: Tensor,
@@ -122,40 +142,27 @@ def soft_gate(
     weights: Tensor,
     delta_b: Tensor | None,
     validate: bool = True,
-) -> Tensor:
-    """Eq. 19-20 (Appendix C): gate_t = 1 where the update is corrective, else ``min(1, 1/x_t)``, float32 ``[B, T]``.
+) -> Tensor: ...
+@torch.no_grad()
+def soft_gate(log_ratio: Tensor | TrustRegion, *arguments: Any, **settings: Any) -> Tensor:
+    """Eq. 19-20 (Appendix C): 1 where the mask keeps, else ``min(1, 1/x_t)``; float32 ``[B, T]``, 0 on padding.
 
-    ``x_t = max(w_t D_t / delta, S_t / (delta + delta_b W_{t-1}))``. Arguments as in :func:`cppo_mask`; 0 on padding.
+    ``soft_gate(region)`` takes what :func:`cppo_mask` returned; with the arguments of that function it is called here.
     """
-    valid = response_mask.bool()
-    _check_region(log_ratio, advantages, divergence, valid, delta, weights, delta_b, validate)
-    token_exceeded, prefix_exceeded, _, excess = _constraints(divergence, valid, delta, weights, delta_b)
-    inside = _corrective(log_ratio, advantages) | ~(token_exceeded | prefix_exceeded)
-    gate = torch.where(inside, 1.0, excess.reciprocal().clamp_max(1.0).float())
-    return torch.where(valid, gate, 0.0)
+    region = log_ratio if isinstance(log_ratio, TrustRegion) else cppo_mask(log_ratio, *arguments, **settings)
+    # What is not kept has x_t > 1, or is padding, where it is 0.
+    beyond = torch.where(region.excess > 1, region.excess.reciprocal(), 0.0)
+    return torch.where(region.keep, 1.0, beyond)
 
 
-def _constraints(
-    divergence: Tensor, valid: Tensor, delta: float, weights: Tensor, delta_b: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token_exceeded, prefix_exceeded, threshold c_t, excess x_t), each ``[B, T]``."""
-    w = weights.double().masked_fill(~valid, 0.0)
-    z = w * divergence.double().masked_fill(~valid, 0.0)
-    token_exceeded = valid & (z.float() > delta)
-    if delta_b is None:
-        return token_exceeded, torch.zeros_like(valid), valid.float() * delta, z / delta
-    prefix = z.cumsum(-1)
-    spent_before, weight_before = _exclusive(prefix), _exclusive(w.cumsum(-1))
-    allowance = delta_b.double().unsqueeze(-1) * weight_before
-    # delta_b = inf means "never binding", also before the first token, where inf * 0 would be NaN.
-    bound = delta + torch.where(weight_before > 0, allowance, torch.zeros_like(allowance))
-    prefix_exceeded = valid & (prefix.float() > bound.float())
-    threshold = (bound - spent_before).clamp_max(delta)
-    threshold = torch.where(valid, threshold, 0.0).float()
-    return token_exceeded, prefix_exceeded, threshold, torch.maximum(z / delta, prefix / bound)
+def _excess(x: Tensor, exceeded: Tensor, valid: Tensor) -> Tensor:
+    """x in float32, on the side of 1 that the decision was made for: rounding could carry a tie over."""
+    x = x.float()
+    x = torch.where(exceeded, x.clamp_min(1.0 + torch.finfo(torch.float32).eps), x.clamp_max(1.0))
+    return torch.where(valid, x, 0.0)
 
 
-def _exclusive(cumulative: Tensor) -> Tensor:
+def _before(cumulative: Tensor) -> Tensor:
     """Sums over j < t from sums over j <= t, by a shift: subtracting the last term would turn infinity into NaN."""
     return torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative[:, :-1]], -1)
 

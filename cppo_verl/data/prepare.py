@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cppo_verl.data.sources import DataError, Problem, load
+from cppo_verl.data.sources import DataError, MathProblem, load
 from cppo_verl.grading.exact import number
 from cppo_verl.grading.normalize import clean
 
@@ -77,7 +77,7 @@ def normal_gold(answer: str) -> str:
     return answer.strip() if not text or re.fullmatch(r"[A-Za-z ()-]+", text) else text
 
 
-def distinct(name: str, rows: Iterable[Problem], say: Callable[[str], None]) -> list[tuple[Problem, int]]:
+def distinct(name: str, rows: Iterable[MathProblem], say: Callable[[str], None]) -> list[tuple[MathProblem, int]]:
     """The different (problem, answer) pairs in order, each with its number of rows; tells how many rows were read.
 
     The hub's DAPO has every problem about a hundred times: nothing else should be done a hundred times.
@@ -91,7 +91,7 @@ def distinct(name: str, rows: Iterable[Problem], say: Callable[[str], None]) -> 
     return [(row, count) for row, count in first.values()]
 
 
-def deduplicate(rows: Iterable[tuple[Problem, int]], counts: Counts) -> list[Problem]:
+def deduplicate(rows: Iterable[tuple[MathProblem, int]], counts: Counts) -> list[MathProblem]:
     """The first of every group of equal texts; none of a group whose answers differ.
 
     Problems that differ in signs or markup only share a :func:`comparison_key`; they are duplicates if their answers
@@ -100,7 +100,7 @@ def deduplicate(rows: Iterable[tuple[Problem, int]], counts: Counts) -> list[Pro
     Args:
         rows: problems, each with the number of rows it stands for.
     """
-    groups: dict[str, list[tuple[Problem, int]]] = {}
+    groups: dict[str, list[tuple[MathProblem, int]]] = {}
     for row, count in rows:
         counts.rows += count
         groups.setdefault(identity(row.problem), []).append((row, count))
@@ -121,7 +121,9 @@ def deduplicate(rows: Iterable[tuple[Problem, int]], counts: Counts) -> list[Pro
     return kept
 
 
-def remove_overlaps(rows: list[Problem], held_out: dict[str, list[Problem]], counts: Counts) -> list[Problem]:
+def remove_overlaps(
+    rows: list[MathProblem], held_out: dict[str, list[MathProblem]], counts: Counts
+) -> list[MathProblem]:
     """``rows`` without the problems of the evaluation sets, compared by :func:`comparison_key`."""
     known = {comparison_key(row.problem): f"{name} {row.id}" for name, problems in held_out.items() for row in problems}
     kept = []
@@ -135,12 +137,12 @@ def remove_overlaps(rows: list[Problem], held_out: dict[str, list[Problem]], cou
     return kept
 
 
-def cleaned(row: Problem) -> Problem:
+def cleaned(row: MathProblem) -> MathProblem:
     """Without DAPO's instruction, and with the gold as the grader reads it."""
-    return Problem(row.id, unwrap(row.problem), normal_gold(row.answer))
+    return MathProblem(row.id, unwrap(row.problem), normal_gold(row.answer))
 
 
-def write(path: Path, name: str, rows: Sequence[Problem], template: str) -> str:
+def write(path: Path, name: str, rows: Sequence[MathProblem], template: str) -> str:
     """verl's parquet file; returns its SHA-256. The same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -199,7 +201,7 @@ def prepare(
     say = progress or (lambda text: None)
     out.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {}
-    evaluation: dict[str, list[Problem]] = {}
+    evaluation: dict[str, list[MathProblem]] = {}
     for request in held_out:
         entries[request.name], evaluation[request.name] = _one_set(request, template, revision, say, "evaluation", {})
     taken = dict(evaluation)
@@ -220,8 +222,8 @@ def prepare(
 
 
 def _one_set(
-    request: Request, template: str, revision: str | None, say: Any, role: str, known: dict[str, list[Problem]]
-) -> tuple[dict[str, Any], list[Problem]]:
+    request: Request, template: str, revision: str | None, say: Any, role: str, known: dict[str, list[MathProblem]]
+) -> tuple[dict[str, Any], list[MathProblem]]:
     say(f"{request.name}: reading {request.source or 'from the hub'}")
     loaded = load(request.name, request.source, revision)
     counts = Counts()

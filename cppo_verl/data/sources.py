@@ -7,8 +7,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from cppo_verl.problems import ConfigError
 
-class DataError(ValueError):
+
+class DataError(ConfigError):
     """A data set that cannot be had or read; the message says what to do."""
 
 
@@ -41,7 +43,7 @@ _ANSWER_COLUMNS = ("answer", "reward_model.ground_truth", "ground_truth", "solut
 
 
 @dataclass(frozen=True)
-class Problem:
+class MathProblem:
     """One problem as its source has it."""
 
     id: str
@@ -53,7 +55,7 @@ class Problem:
 class Loaded:
     """The rows of one data set, to be iterated once, and where they came from (for the manifest)."""
 
-    rows: Iterator[Problem]
+    rows: Iterator[MathProblem]
     origin: dict[str, str]
 
 
@@ -118,7 +120,7 @@ def _load_hub(name: str, repository: str | None, revision: str | None) -> Loaded
     from huggingface_hub import HfApi
 
     known = HUB.get(name)
-    repository = repository or known.repository
+    repository = repository or HUB[name].repository
     split = known.split if known else "train"
     try:
         resolved = HfApi().dataset_info(repository, revision=revision).sha
@@ -129,10 +131,11 @@ def _load_hub(name: str, repository: str | None, revision: str | None) -> Loaded
             f"{name}: {repository} cannot be fetched from the hub ({type(error).__name__}: {reason}); "
             f"on a machine without network give a file: {name}=FILE.jsonl"
         ) from None
-    problems, answers = _PROBLEM_COLUMNS, _ANSWER_COLUMNS
+    problems: tuple[str, ...] = _PROBLEM_COLUMNS
+    answers: tuple[str, ...] = _ANSWER_COLUMNS
     if known and repository == known.repository:
         problems, answers = (known.problem,), (known.answer,)
-    origin = {"repository": repository, "revision": resolved, "split": split}
+    origin = {"repository": repository, "revision": str(resolved), "split": split}
     return Loaded(_problems(name, repository, table_rows(table), problems, answers), origin)
 
 
@@ -158,7 +161,7 @@ def _value(record: dict[str, Any], column: str) -> Any:
 
 def _problems(
     name: str, origin: object, records: Iterator[dict[str, Any]], problems: tuple[str, ...], answers: tuple[str, ...]
-) -> Iterator[Problem]:
+) -> Iterator[MathProblem]:
     first = next(records, None)
     if first is None:
         raise DataError(f"{name}: {origin} is empty")
@@ -175,4 +178,4 @@ def _problems(
                 f"all rows are read by the first one's columns, {problem} and {answer}"
             )
         own = record.get("id")
-        yield Problem(f"{name}-{number}" if own is None else str(own), str(text), str(gold))
+        yield MathProblem(f"{name}-{number}" if own is None else str(own), str(text), str(gold))

@@ -19,6 +19,8 @@ from cppo_verl.doctor.findings import GIB, Finding, Subject, fail, ok, readable,
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+# Problems that checks of their own look into: check_data, check_model, check_wandb.
+_OTHER_CHECKS = ("data file", "actor_rollout_ref.model.path", "wandb login")
 # The smallest runs need less.
 _LEAST_DISK = 2 * GIB
 # Ray stores nothing more on a disk that is fuller.
@@ -29,20 +31,19 @@ _BYTES_PER_PARAMETER = 12
 
 def check_settings(subject: Subject) -> Iterator[Finding]:
     """What ``cppo train`` would refuse; files are other checks' business."""
-    from cppo_verl.config import ConfigError
-    from cppo_verl.validation import validate
+    from cppo_verl.config.validate import validate
+    from cppo_verl.problems import ConfigError
 
     if subject.model is None and subject.config.data.train_files is None:
         yield skip("neither data nor model are given: the machine is examined, not a run")
         return
-    elsewhere = ("data.train_files: ", "data.val_files: ", "actor_rollout_ref.model.path", "trainer.logger has wandb")
+    problems = []
     try:
         validate(subject.config)
-        problems = []
     except ConfigError as error:
-        problems = [line for line in str(error).splitlines() if not line.startswith(elsewhere)]
+        problems = [problem for problem in error.problems if problem.key not in _OTHER_CHECKS]
     for problem in problems:
-        yield fail(problem, "cppo train --dry-run OVERRIDES shows the whole configuration")
+        yield fail(problem.text, "cppo train --dry-run OVERRIDES shows the whole configuration")
     if not problems:
         yield ok(f"{subject.config.method.name} over {subject.config.divergence.name}")
 
@@ -230,7 +231,7 @@ def _inspect_weights(path: Path) -> tuple[str | None, int]:
 def check_data(subject: Subject) -> Iterator[Finding]:
     from omegaconf import ListConfig
 
-    from cppo_verl.validation.files import inspect_data_file
+    from cppo_verl.config.check_files import inspect_data_file
 
     data, files = subject.config.data, []
     for key in ("train_files", "val_files"):
@@ -254,7 +255,7 @@ def check_data(subject: Subject) -> Iterator[Finding]:
 
 def check_wandb(subject: Subject) -> Iterator[Finding]:
     """Only whether a login is there; its worth shows when the run starts."""
-    from cppo_verl.validation.run import wandb_can_start
+    from cppo_verl.config.check_run import wandb_can_start
 
     logger = subject.config.trainer.logger
     if "wandb" not in ([logger] if isinstance(logger, str) else logger or []):

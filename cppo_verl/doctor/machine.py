@@ -45,7 +45,7 @@ def check_python(_: Subject) -> Iterator[Finding]:
 
 def installed_stack() -> str:
     """ "cpu" or "gpu": by the vLLM that is installed, else by the hardware, as scripts/setup.sh chooses."""
-    from cppo_verl.config import has_gpu
+    from cppo_verl.run.machine import has_gpu
 
     found = _version("vllm")
     if found is None:
@@ -62,7 +62,7 @@ def _version(package: str) -> str | None:
 
 def check_stack(subject: Subject) -> Iterator[Finding]:
     """Whether the installed vLLM, the hardware and ``platform=`` belong together."""
-    from cppo_verl.config import has_gpu
+    from cppo_verl.run.machine import has_gpu
 
     installed, stack = _version("vllm"), installed_stack()
     platform_name = "cpu" if subject.on_cpu else "gpu"
@@ -145,7 +145,7 @@ def _public(text: str) -> str:
 
 def check_driver(subject: Subject) -> Iterator[Finding]:
     """nvidia-smi's view: driver, each GPU's memory, and who holds it."""
-    from cppo_verl.config import has_gpu
+    from cppo_verl.run.machine import has_gpu
 
     if not has_gpu():
         yield skip("no NVIDIA GPU here" + ("; platform=cpu" if subject.on_cpu else ""))

@@ -10,12 +10,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from cppo_verl.config import verl_config_dir
+from cppo_verl.config.compose import verl_config_dir
+from cppo_verl.dry_run.cautions import cautions, unknown_fields
 from cppo_verl.dry_run.derived import derived, queue_bytes, size_text
 from cppo_verl.dry_run.difference import difference
 from cppo_verl.dry_run.memory import GIB, Estimate, Layout, estimate, host_bytes, key_value_bytes, vllm_weights
 from cppo_verl.dry_run.model import Model, find_model
-from cppo_verl.dry_run.warnings import unknown_fields, warnings
 
 # Where there is no nvidia-smi: a card of 80 GB.
 _ASSUMED_CARD = 80 * GIB
@@ -24,7 +24,7 @@ _ENGINES = {"fsdp": "dp", "fsdp2": "dp", "megatron": "megatron"}
 _PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", "vllm")
 
 
-def report(config: DictConfig) -> tuple[list[str], list[str]]:
+def describe(config: DictConfig) -> tuple[list[str], list[str]]:
     """(the sections as lines, the warnings among them)."""
     found: list[str] = []
     return list(_sections(config, found)), found
@@ -53,7 +53,7 @@ def _sections(config: DictConfig, found: list[str]) -> Iterator[str]:
         yield from _indented(_cache(config, model, card))
         yield "host memory per node, at least"
         yield from _indented(_host(config, model))
-    found += [*unknown_fields(config, verl), *warnings(config, model, expected, card)]
+    found += [*unknown_fields(config, verl), *cautions(config, model, expected, card)]
     yield (
         "warnings"
         if found

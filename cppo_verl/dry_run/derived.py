@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
+from cppo_verl.config.check_files import inspect_data_file
 from cppo_verl.dry_run.memory import Layout, checkpoint_bytes
 from cppo_verl.dry_run.model import Model
-from cppo_verl.validation.files import inspect_data_file
 
 
 def _rows(config: DictConfig, key: str) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cppo_verl.config import config_dir
+from cppo_verl.config.compose import config_dir
 
 _KNOWN_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cppo_verl.config import ConfigError
 from cppo_verl.grading import OUTCOMES, compute_score
 from cppo_verl.grading.reward import grade_row
-from cppo_verl.run_log import read_lines
+from cppo_verl.problems import ConfigError
+from cppo_verl.run.log import read_lines
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def read_questions(files: Sequence[Path], limit: int | None = None) -> list[Ques
     """
     import pyarrow.parquet as parquet
 
-    from cppo_verl.validation.files import inspect_data_file
+    from cppo_verl.config.check_files import inspect_data_file
 
     questions: dict[tuple[str, str], Question] = {}
     numbers: dict[str, int] = {}
@@ -123,7 +123,7 @@ def grade_sample(sample: Sample, question: Question, reward: Callable[..., Any] 
     except Exception as error:
         _log.error("the reward function failed on %s %s: %r", sample.benchmark, sample.question, error)
         return replace(sample, outcome="error", answer=None)
-    values = result if isinstance(result, dict) else {"acc": result}
+    values: dict[str, Any] = result if isinstance(result, dict) else {"acc": result}
     named = [name for name in OUTCOMES if values.get(f"grade_{name}")]
     right = float(values.get("acc", values.get("score", 0.0))) == 1.0
     return replace(sample, outcome="right" if right else named[0] if named else "wrong", answer=None)

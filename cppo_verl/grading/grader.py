@@ -7,10 +7,10 @@ import logging
 import re
 from typing import Literal, NamedTuple, get_args
 
-from cppo_verl.grading import pool
 from cppo_verl.grading.exact import based_digits, number
 from cppo_verl.grading.extract import final_answer
 from cppo_verl.grading.normalize import clean, has_digit_gap, is_plural, split_chain, split_percent, too_complex
+from cppo_verl.grading.pool import WorkerTimeout, ask
 
 Outcome = Literal["right", "wrong", "no_answer", "timeout", "error"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -49,7 +49,7 @@ def grade(response: object, gold: object, *, answer_line: bool = False, timeout:
             raise TypeError(f"a response must be text, got {type(response).__name__}")
         answer = final_answer(response, answer_line=answer_line) if response else None
         return Grade(_outcome(answer, str(gold), timeout) if answer else "no_answer", answer)
-    except pool.WorkerTimeout:
+    except WorkerTimeout:
         return Grade("timeout", answer)
     except Exception as error:  # the one place that may catch; the outcome counts what it caught
         _report_once(f"{type(error).__name__}: {error}")
@@ -104,7 +104,7 @@ def _with_algebra(text: str, truth: str, timeout: float) -> bool:
     if len(truth_sides) == 1 and not is_plural(truth):
         truth = truth_sides[0][0]
         sides = split_chain(text)
-    reply = pool.ask(
+    reply = ask(
         {"gold": _percent_as_fraction(truth), "sides": [(_percent_as_fraction(side), about) for side, about in sides]},
         timeout,
     )

@@ -21,7 +21,7 @@ BOX_OPENING = r"\boxed{"
 
 
 @dataclass(frozen=True)
-class Problem:
+class SignedSum:
     """One signed sum: ``operands[0]`` followed by ``signs[i] * operands[i + 1]``, each sign +1 or -1."""
 
     operands: tuple[int, ...]
@@ -66,16 +66,16 @@ class TaskSpec:
         """Number of distinct problems."""
         return self.operand_max**self.terms * 2 ** (self.terms - 1)
 
-    def problem(self, index: int) -> Problem:
+    def problem(self, index: int) -> SignedSum:
         """Decode ``index`` in [0, total) to its problem; distinct indices give distinct expressions."""
         operands = []
         for _ in range(self.terms):
             index, digit = divmod(index, self.operand_max)
             operands.append(digit + 1)
         signs = tuple(1 if index >> bit & 1 else -1 for bit in range(self.terms - 1))
-        return Problem(tuple(operands), signs)
+        return SignedSum(tuple(operands), signs)
 
-    def random_problem(self, rng: random.Random) -> Problem:
+    def random_problem(self, rng: random.Random) -> SignedSum:
         """Draw one problem uniformly from the whole task."""
         return self.problem(rng.randrange(self.total))
 
@@ -84,9 +84,9 @@ class TaskSpec:
 class Splits:
     """Three sets of problems with no expression in common."""
 
-    warmup: list[Problem]
-    train: list[Problem]
-    heldout: list[Problem]
+    warmup: list[SignedSum]
+    train: list[SignedSum]
+    heldout: list[SignedSum]
 
 
 def make_splits(spec: TaskSpec, seed: int) -> Splits:
@@ -104,14 +104,14 @@ def make_splits(spec: TaskSpec, seed: int) -> Splits:
     )
 
 
-def worked_answer(problem: Problem) -> str:
+def worked_answer(problem: SignedSum) -> str:
     """The careful style: ``3+5=8 8-2=6 6+4=10 \\boxed{10}``."""
     moves = zip(pairwise(problem.running_totals), problem.operations, strict=True)
     steps = [f"{before}{operation}={after}" for (before, after), operation in moves]
     return " ".join([*steps, f"{BOX_OPENING}{problem.answer}}}"])
 
 
-def sloppy_answer(problem: Problem, spec: TaskSpec, rng: random.Random) -> str:
+def sloppy_answer(problem: SignedSum, spec: TaskSpec, rng: random.Random) -> str:
     """The careless style: ``3 5 2 4 so \\boxed{7}``, the guess being the answer to some other random problem."""
     guess = spec.random_problem(rng).answer
     return f"{' '.join(map(str, problem.operands))} so {BOX_OPENING}{guess}}}"
@@ -123,7 +123,7 @@ def is_correct(text: str, answer: int) -> bool:
     return re.fullmatch(r"[+-]?[0-9]+", boxed) is not None and int(boxed) == answer
 
 
-def write_parquet(problems: Sequence[Problem], split: str, path: Path) -> None:
+def write_parquet(problems: Sequence[SignedSum], split: str, path: Path) -> None:
     """Write problems as a verl RL data file, one row each."""
     rows = [
         {

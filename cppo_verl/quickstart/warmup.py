@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from cppo_verl.grading.extract import final_answer
-from cppo_verl.quickstart.task import Problem, TaskSpec, is_correct, sloppy_answer, worked_answer
+from cppo_verl.quickstart.task import SignedSum, TaskSpec, is_correct, sloppy_answer, worked_answer
 
 IGNORED_LABEL = -100
 ACCURACY_RANGE = (0.20, 0.40)
@@ -39,7 +39,7 @@ class SampledAccuracy:
     mean_tokens: float
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: SignedSum) -> list[int]:
     """Token ids of the chat prompt, up to where the assistant begins to write."""
     messages = [{"role": "user", "content": problem.question}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -77,7 +77,7 @@ def learning_rate_scale(step: int, steps: int) -> float:
 def run_warmup(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
+    problems: Sequence[SignedSum],
     task: TaskSpec,
     spec: WarmupSpec,
     seed: int,
@@ -109,7 +109,7 @@ def run_warmup(
 def sample_texts(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
+    problems: Sequence[SignedSum],
     max_new_tokens: int,
 ) -> tuple[list[str], float]:
     """One answer per problem at temperature 1 with no truncation, and their mean length in tokens."""
@@ -131,7 +131,7 @@ def sample_texts(
 def measure(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
+    problems: Sequence[SignedSum],
     samples: int,
     max_new_tokens: int,
     seed: int,

@@ -45,8 +45,8 @@ def fixed_rows(model_path, k):
                 "loss_mask": torch.full((length,), int(index != 4)),  # response 4 belongs to a skipped group
                 "rollout_log_probs": full_log_mu.gather(-1, response[:, None])[:, 0],
                 "advantages": torch.randn((), generator=generator).repeat(length),
-                "rollout_topk_ids": topk.indices.int(),
-                "rollout_topk_log_probs": topk.values,
+                "topk_ids": topk.indices.int(),
+                "rollout_topk_log_prob": topk.values,
                 "truth": {"log_pi": logits.double().log_softmax(-1), "log_mu": full_log_mu.double()},
             }
         )
@@ -64,8 +64,8 @@ def build_worker(config):
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.engine_workers import TrainingWorkerConfig
 
-    from cppo_verl.adapters.actor import TrustRegionTrainingWorker
-    from cppo_verl.adapters.loss import TrustRegionLoss
+    from cppo_verl.adapters.actor.loss import TrustRegionLoss
+    from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
 
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     model = omega_conf_to_dataclass(config.actor_rollout_ref.model)

@@ -5,7 +5,7 @@ import sys
 import torch
 from topk_cases import VOCABULARY, expected_log_probs, micro_batch, nested
 
-from cppo_verl.adapters.topk import TopKLogits
+from cppo_verl.adapters.actor.topk import TopKLogits
 
 LENGTHS = [5, 1, 9, 3, 7]
 
@@ -49,7 +49,7 @@ def main(kind, *sizes):
         collector.collect(local, data, data_format)
         topk = collector.finish(log_pi, log_mu, valid, data)
         errors = [
-            (topk.log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
+            (topk.topk_log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
             for row, rows in enumerate(expected)
         ]
         assert max(errors) < 1e-5, (data_format, errors)

@@ -15,7 +15,8 @@ from engine import DELTA, DELTA_B, W_MIN
 from mask_oracle import mask_of_response
 from omegaconf import OmegaConf
 
-from cppo_verl.checkpoints import CheckpointError, find, hugging_face_folder
+from cppo_verl.checkpoint.export import hugging_face_folder
+from cppo_verl.checkpoint.find import CheckpointError, find
 
 ENGINE = Path(__file__).with_name("engine.py")
 
@@ -43,7 +44,7 @@ def run_engine(config, folder, world):
 
 @pytest.fixture(scope="module")
 def engine_config(live_assets):
-    from cppo_verl.config import compose
+    from cppo_verl.config.compose import compose
 
     return compose(
         [
@@ -207,7 +208,7 @@ def test_divergence_is_that_of_the_full_distributions(linear):
 )
 def test_every_divergence_on_ranks_and_packed_sequences(engine_config, linear, tmp_path, name, world, packed):
     """Packed: verl's padding removal, with dynamic micro-batches, on transformers' sdpa attention."""
-    from cppo_verl.config import compose
+    from cppo_verl.config.compose import compose
 
     config = engine_config.copy()
     config.divergence = compose(["platform=cpu", f"divergence={name}"]).divergence

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cppo_verl.config import compose, config_dir
+from cppo_verl.config.compose import compose, config_dir
 from cppo_verl.dry_run.memory import checkpoint_bytes, estimate, key_value_bytes, vllm_weights
 from cppo_verl.dry_run.model import Model
 
@@ -100,7 +100,7 @@ def batch_of(responses, longest, k):
         ones = torch.ones(length)
         row = {"prompts": ids[:8], "responses": ids[8:], "input_ids": ids, "position_ids": torch.arange(len(ids))}
         row |= {"response_mask": ones.long(), "loss_mask": ones.long(), "advantages": ones}
-        row |= {"rollout_log_probs": -4 * ones, "rollout_topk_ids": others.int(), "rollout_topk_log_probs": log_probs}
+        row |= {"rollout_log_probs": -4 * ones, "topk_ids": others.int(), "rollout_topk_log_prob": log_probs}
         rows.append(row)
     batch = TensorDict({name: engine.nested([row[name] for row in rows]) for name in rows[0]}, batch_size=len(rows))
     batch["response_seeds"] = torch.arange(len(rows)).unsqueeze(-1)

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from cppo_verl import retention
-from cppo_verl.adapters.main import ray_settings
-from cppo_verl.adapters.trainer import LoggedTracking, TrustRegionTrainer, _require_finite_rewards, _unsaved
-from cppo_verl.run_log import RunLog, read_lines
+from cppo_verl.adapters.driver.main import ray_settings
+from cppo_verl.adapters.driver.step_metrics import require_finite_rewards
+from cppo_verl.adapters.driver.trainer import LoggedTracking, TrustRegionTrainer, _unsaved
+from cppo_verl.checkpoint import retention
+from cppo_verl.run.log import RunLog, read_lines
 
 
 class Resuming:
@@ -114,9 +115,9 @@ def test_a_run_that_starts_from_another_ones_checkpoint_has_its_own_history(run,
 def test_a_reward_that_is_no_number_is_refused(verdict):
     """Before the update; mask_std_0 may leave its group out of the loss, where it would go unseen."""
     fine = {"reward_extra_info": {"score": -0.5, "acc": 0.0}}
-    _require_finite_rewards([fine, {}])
+    require_finite_rewards([fine, {}])
     with pytest.raises(ValueError, match=r"the reward function returned (score = nan|acc = inf) for a response"):
-        _require_finite_rewards([fine, {"reward_extra_info": verdict}])
+        require_finite_rewards([fine, {"reward_extra_info": verdict}])
 
 
 def test_a_checkpoint_that_cannot_be_written_is_removed_and_told(run):

@@ -28,10 +28,10 @@ def test_arrays_are_what_vllms_own_collector_holds():
     """Steps of one and of several tokens (speculative decoding), and rows wider than K (another request's wish)."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    from cppo_verl.adapters.agent_loop import TOP_K
-    from cppo_verl.adapters.rollout_server import TopKLogprobsProcessor
+    from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK, TOPK_IDS
+    from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
 
-    ours = TopKLogprobsProcessor.from_new_request(None, request({TOP_K: K}))
+    ours = TopKLogprobsProcessor.from_new_request(None, request({TOPK: K}))
     stock = LogprobsProcessor.from_new_request(None, request(None))
     steps = [logprobs_lists(1 + seed % 3, K + 2 * (seed % 2), seed) for seed in range(100)]
     for step in steps:
@@ -43,18 +43,19 @@ def test_arrays_are_what_vllms_own_collector_holds():
     # What verl's server reads.
     read = [position[sampled[i]].logprob for i, position in enumerate(ours.logprobs)]
     assert read == [step[1][row, 0].item() for step in steps for row in range(len(step[0]))]
-    arrays = ours.logprobs.arrays(len(sampled))
-    assert (arrays.ids.dtype, arrays.log_probs.dtype) == (np.int32, np.float32)
-    assert np.array_equal(arrays.ids, np.concatenate([step[0][:, 1 : K + 1] for step in steps]))
-    assert np.array_equal(arrays.log_probs, np.concatenate([step[1][:, 1 : K + 1] for step in steps]))
-    for row, position in zip(arrays.ids, stock.logprobs, strict=True):
+    columns = ours.logprobs.columns(len(sampled))
+    ids, log_probs = columns[TOPK_IDS], columns[ROLLOUT_TOPK_LOG_PROB]
+    assert (ids.dtype, log_probs.dtype) == (np.int32, np.float32)
+    assert np.array_equal(ids, np.concatenate([step[0][:, 1 : K + 1] for step in steps]))
+    assert np.array_equal(log_probs, np.concatenate([step[1][:, 1 : K + 1] for step in steps]))
+    for row, position in zip(ids, stock.logprobs, strict=True):
         assert set(row.tolist()) <= set(position)
 
 
 def test_other_requests_get_vllms_own_collector():
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    from cppo_verl.adapters.rollout_server import TopKLogprobsProcessor
+    from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
 
     for extra_args in (None, {}, {"kv_transfer_params": {}}):
         processor = TopKLogprobsProcessor.from_new_request(None, request(extra_args, logprobs=0))
@@ -65,7 +66,8 @@ def trajectory(tokens, *, cut=None, dtype=torch.float32, seed=0):
     """The fields of one response as the agent loop hands them over; ``cut``: verl's own limit on the response."""
     from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
-    from cppo_verl.adapters.agent_loop import RolloutTopK, TopKAgentLoopOutput
+    from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_IDS
+    from cppo_verl.adapters.rollout.agent_loop import TopKAgentLoopOutput
 
     lists = logprobs_lists(tokens, K, seed)
     kept = tokens if cut is None else cut
@@ -77,20 +79,23 @@ def trajectory(tokens, *, cut=None, dtype=torch.float32, seed=0):
         metrics=AgentLoopMetrics(),
         extra_fields={"turn_scores": []},
     )
-    topk = RolloutTopK(lists[0][:, 1:], lists[1][:, 1:])
-    return TopKAgentLoopOutput.of(output, topk, dtype), topk
+    columns = {
+        TOPK_IDS: torch.from_numpy(lists[0][:, 1:].copy()),
+        ROLLOUT_TOPK_LOG_PROB: torch.from_numpy(lists[1][:, 1:].copy()).to(dtype),
+    }
+    return TopKAgentLoopOutput.of(output, columns), columns
 
 
 @pytest.mark.parametrize(("tokens", "cut"), [(6, None), (6, 4), (1, None), (0, None)])
 def test_a_trajectory_carries_a_row_for_every_token_of_its_response(tokens, cut):
-    from cppo_verl.adapters.topk import IDS, LOG_PROBS
+    from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_IDS
 
-    output, topk = trajectory(tokens, cut=cut)
+    output, columns = trajectory(tokens, cut=cut)
     fields = output.as_dict()
     length = tokens if cut is None else cut
-    assert fields[IDS].shape == fields[LOG_PROBS].shape == (length, K)
-    assert (fields[IDS].dtype, fields[LOG_PROBS].dtype) == (torch.int32, torch.float32)
-    assert np.array_equal(fields[IDS].numpy(), topk.ids[:length])
+    assert fields[TOPK_IDS].shape == fields[ROLLOUT_TOPK_LOG_PROB].shape == (length, K)
+    assert (fields[TOPK_IDS].dtype, fields[ROLLOUT_TOPK_LOG_PROB].dtype) == (torch.int32, torch.float32)
+    assert torch.equal(fields[TOPK_IDS], columns[TOPK_IDS][:length])
     assert fields["extra_fields"] == {"turn_scores": []}  # nothing bulky goes to the reward workers
     assert not any("topk" in name for name in output.model_dump())
 
@@ -102,7 +107,7 @@ def queue():
     import transfer_queue as tq
     from omegaconf import OmegaConf
 
-    from cppo_verl.config import compose
+    from cppo_verl.config.compose import compose
 
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     config = compose(["platform=cpu"]).transfer_queue
@@ -134,8 +139,8 @@ def test_rows_survive_the_queue_reordering_and_verls_padding(queue, lengths, dty
     from transfer_queue import KVBatchMeta
     from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 
-    from cppo_verl.adapters.topk import IDS, LOG_PROBS
-    from cppo_verl.adapters.trainer import _shorten_padding_rows
+    from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_IDS
+    from cppo_verl.adapters.driver.trajectories import shorten_padding_rows
 
     trajectories = [trajectory(length, seed=row, dtype=dtype) for row, length in enumerate(lengths)]
     keys = [f"p{len(set(lengths))}{dtype}{row}_0_0" for row in range(len(lengths))]
@@ -146,17 +151,16 @@ def test_rows_survive_the_queue_reordering_and_verls_padding(queue, lengths, dty
     batch = upsample_batch_to_divisible_size(batch, 4, eos_token_id=0)
     order = [6, 3, 0, 7, 2, 5, 4, 1]
     batch.reorder(order)
-    _shorten_padding_rows(batch)
+    shorten_padding_rows(batch)
     data = queue.kv_batch_get(keys=batch.keys, partition_id="train")
     for row, source in enumerate(order):
-        found, log_probs = data[IDS][row], data[LOG_PROBS][row]
+        found, log_probs = data[TOPK_IDS][row], data[ROLLOUT_TOPK_LOG_PROB][row]
         if source >= len(lengths):
             assert found.shape == log_probs.shape == (1, K)
             assert len(data["responses"][row]) == 1
         else:
-            assert np.array_equal(found.numpy(), trajectories[source][1].ids)
-            wanted = torch.from_numpy(trajectories[source][1].log_probs).to(dtype)
-            assert torch.equal(log_probs, wanted)
+            assert torch.equal(found, trajectories[source][1][TOPK_IDS])
+            assert torch.equal(log_probs, trajectories[source][1][ROLLOUT_TOPK_LOG_PROB])
             assert log_probs.dtype == dtype
     queue.kv_clear(keys=batch.keys, partition_id="train")
 
@@ -167,20 +171,24 @@ def test_bytes_a_token_through_the_queue(dtype, payload):
     from transfer_queue.utils.serial_utils import encode
     from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-    from cppo_verl.adapters.topk import IDS, LOG_PROBS
+    from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_IDS
 
     lengths = [300, 500, 700, 1000]
     rows = [
-        {"responses": torch.zeros(n, dtype=torch.int64), IDS: torch.zeros(n, 20).int(), LOG_PROBS: torch.zeros(n, 20)}
+        {
+            "responses": torch.zeros(n, dtype=torch.int64),
+            TOPK_IDS: torch.zeros(n, 20).int(),
+            ROLLOUT_TOPK_LOG_PROB: torch.zeros(n, 20),
+        }
         for n in lengths
     ]
     for row in rows:
-        row[LOG_PROBS] = row[LOG_PROBS].to(dtype)
+        row[ROLLOUT_TOPK_LOG_PROB] = row[ROLLOUT_TOPK_LOG_PROB].to(dtype)
 
     def size(names):
         batch = list_of_dict_to_tensordict([{name: row[name] for name in names} for row in rows])
         return sum(len(memoryview(part).cast("B")) for part in encode(batch))
 
-    bytes_a_token = (size(["responses", IDS, LOG_PROBS]) - size(["responses"])) / sum(lengths)
+    bytes_a_token = (size(["responses", TOPK_IDS, ROLLOUT_TOPK_LOG_PROB]) - size(["responses"])) / sum(lengths)
     print(f"{dtype}: {bytes_a_token:.1f} bytes a token, payload {payload}")
     assert payload <= bytes_a_token <= 1.05 * payload

@@ -11,8 +11,9 @@ import torch
 from topk_cases import VOCABULARY, K, expected_log_probs, micro_batch, nested
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cppo_verl.adapters import topk
-from cppo_verl.adapters.topk import IDS, LOG_PROBS, TopKError, TopKLogits, gather_logits, response_markers
+from cppo_verl.adapters.actor import topk
+from cppo_verl.adapters.actor.topk import TopKError, TopKLogits, gather_logits, response_markers
+from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_COLUMNS, TOPK_IDS
 
 PARALLEL = Path(__file__).with_name("parallel.py")
 MEGATRON_CORE = "0.16.1"
@@ -28,7 +29,7 @@ def run(case, collector=None):
 
 def worst_error(result, data, logits):
     errors = [
-        (result.log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
+        (result.topk_log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
         for row, rows in enumerate(expected_log_probs(data, logits))
         if rows
     ]
@@ -44,11 +45,11 @@ def test_markers_number_the_token_that_a_position_predicts():
 def test_log_probs_at_the_rollouts_ids(lengths):
     case = micro_batch(lengths)
     result = run(case)
-    assert result.log_prob.shape == (len(lengths), max(lengths), K)
+    assert result.topk_log_prob.shape == (len(lengths), max(lengths), K)
     if any(lengths):
         assert worst_error(result, case[0], case[1]) < 1e-5
     for row, length in enumerate(lengths):
-        sampled, ids = case[0]["responses"][row], case[0][IDS][row]
+        sampled, ids = case[0]["responses"][row], case[0][TOPK_IDS][row]
         wanted = [token.item() in row_ids.tolist() for token, row_ids in zip(sampled, ids, strict=True)]
         assert result.sampled_in_topk[row, :length].tolist() == wanted
 
@@ -57,9 +58,9 @@ def test_a_dense_batch_of_equal_lengths_is_the_same():
     case = micro_batch([4, 4, 4])
     reference = run(case)
     dense = case[0].clone()
-    for name in (IDS, LOG_PROBS):
+    for name in TOPK_COLUMNS:
         dense[name] = torch.stack(list(case[0][name].unbind()))
-    assert torch.equal(run((dense, *case[1:])).log_prob, reference.log_prob)
+    assert torch.equal(run((dense, *case[1:])).topk_log_prob, reference.topk_log_prob)
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
@@ -70,8 +71,8 @@ def test_normaliser_from_the_sampled_token_costs_a_rounding_of_the_largest_logit
     log_pi = direct.gather(-1, data["responses"][0][:, None]).T
     exact = torch.tensor(expected_log_probs(data, logits)[0]).double().exp()
     result = run((data, logits, log_pi, log_mu, valid))
-    error = (result.log_prob[0].double().exp() - exact).abs().max().item()
-    error_direct = (direct.gather(-1, data[IDS][0].long()).double().exp() - exact).abs().max().item()
+    error = (result.topk_log_prob[0].double().exp() - exact).abs().max().item()
+    error_direct = (direct.gather(-1, data[TOPK_IDS][0].long()).double().exp() - exact).abs().max().item()
     largest = logits.abs().max().item()
     print(f"logits up to {largest:.0f}: probabilities off by {error:.1e}, by float32 log_softmax {error_direct:.1e}")
     assert error <= torch.finfo(torch.float32).eps * max(largest, 1.0)
@@ -125,44 +126,44 @@ def test_no_second_buffer_of_logits_and_no_change_of_them(with_normaliser):
 
 
 def shifted(data, row=2):
-    for name in (IDS, LOG_PROBS):
+    for name in TOPK_COLUMNS:
         data[name] = nested([r.roll(1, 0) if i == row else r for i, r in enumerate(data[name].unbind())])
 
 
 def swapped(data):
-    for name in (IDS, LOG_PROBS):
+    for name in TOPK_COLUMNS:
         rows = [row.clone() for row in data[name].unbind()]
         rows[2][[3, 6]] = rows[2][[6, 3]]
         data[name] = nested(rows)
 
 
 def truncated(data):
-    for name in (IDS, LOG_PROBS):
+    for name in TOPK_COLUMNS:
         data[name] = nested([row[:-1] if i == 2 else row for i, row in enumerate(data[name].unbind())])
 
 
 def moved_between_responses(data):
     """Lengths that add up, so that only the lengths of each response tell."""
-    for name in (IDS, LOG_PROBS):
+    for name in TOPK_COLUMNS:
         rows = list(data[name].unbind())
         rows[0], rows[2] = torch.cat([rows[0], rows[2][:1]]), rows[2][1:]
         data[name] = nested(rows)
 
 
 def outside(data):
-    data[IDS].values()[7, 19] = VOCABULARY
+    data[TOPK_IDS].values()[7, 19] = VOCABULARY
 
 
 def negative(data):
-    data[IDS].values()[7, 19] = -1
+    data[TOPK_IDS].values()[7, 19] = -1
 
 
 def not_a_number(data):
-    data[LOG_PROBS].values()[7, 3] = float("nan")
+    data[ROLLOUT_TOPK_LOG_PROB].values()[7, 3] = float("nan")
 
 
 def too_probable(data):
-    data[LOG_PROBS].values()[7, 10:] = -0.1
+    data[ROLLOUT_TOPK_LOG_PROB].values()[7, 10:] = -0.1
 
 
 @pytest.mark.parametrize(
@@ -170,8 +171,8 @@ def too_probable(data):
     [
         (shifted, r"sampled token is (stored|missing).*response 2 of the micro-batch"),
         (swapped, r"sampled token is (stored|missing).*token [36] of response 2"),
-        (truncated, r"response 2 .*has 9 tokens, but rollout_topk_ids has 8 rows"),
-        (moved_between_responses, r"response 0 .*has 5 tokens, but rollout_topk_ids has 6 rows"),
+        (truncated, r"response 2 .*has 9 tokens, but topk_ids has 8 rows"),
+        (moved_between_responses, r"response 0 .*has 5 tokens, but topk_ids has 6 rows"),
         (outside, r"an id is outside the vocabulary: token 1 of response 2"),
         (negative, r"an id is outside the vocabulary"),
         (not_a_number, r"NaN or above 0: token 1 of response 2"),

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cppo_verl.adapters.trainer import TrustRegionTrainer, _zero_variance_rows, aime_mean, outcome_metrics
+from cppo_verl.adapters.driver.step_metrics import aime_mean, outcome_metrics, require_finite_gradient
+from cppo_verl.adapters.driver.trajectories import ResponseKey, zero_variance_groups
 from cppo_verl.grading import compute_score
 
 RESPONSES = [r"\boxed{34}", r"\boxed{34}", r"\boxed{35}", "34", r"\boxed{9^{9^9}}"]
@@ -48,17 +49,21 @@ def test_groups_are_skipped_by_acc_whatever_shaping_does_to_the_score():
         tags=[{"is_padding": row == 6} for row in range(len(rows))],
     )
     verdicts = [{"reward_extra_info": {"acc": acc, "score": score}} for _, acc, score in rows]
-    skipped, groups = _zero_variance_rows(batch, verdicts)
-    assert sorted(skipped) == [0, 2, 3, 5]
+    skipped, groups = zero_variance_groups(batch, verdicts)
+    assert skipped == [[0, 2], [3, 5]]
     assert groups == 3
     with pytest.raises(ValueError, match="must return a dict with score and acc"):
-        _zero_variance_rows(batch, [{"reward_extra_info": {"score": 1.0}}] * 7)
+        zero_variance_groups(batch, [{"reward_extra_info": {"score": 1.0}}] * 7)
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_a_gradient_norm_that_is_not_finite_stops_the_run(norm):
-    trainer = SimpleNamespace(global_steps=7)
-    TrustRegionTrainer._require_finite_gradient(trainer, {"actor/grad_norm": 1.0})
-    TrustRegionTrainer._require_finite_gradient(trainer, {})
+    require_finite_gradient({"actor/grad_norm": 1.0}, 7)
+    require_finite_gradient({}, 7)
     with pytest.raises(FloatingPointError, match=f"the gradient norm of step 7 is {norm}: training stopped"):
-        TrustRegionTrainer._require_finite_gradient(trainer, {"actor/grad_norm": norm})
+        require_finite_gradient({"actor/grad_norm": norm}, 7)
+
+
+def test_a_response_key_is_read_from_its_end():
+    """verl's uid is a UUID today; whatever it holds, sample and output are the last two parts."""
+    assert ResponseKey.parse("3f-a_b_12_0") == ("3f-a_b", 12, 0)

@@ -13,7 +13,7 @@ def nested(rows):
 def micro_batch(lengths, *, k=K, dtype=torch.float32, seed=0, scale=2.0, vocabulary=VOCABULARY):
     """(data, logits of pi, padded log pi, padded log mu, valid); prompts have 3 + row tokens."""
     generator = torch.Generator().manual_seed(seed)
-    columns = {name: [] for name in ("prompts", "responses", "input_ids", "rollout_topk_ids", "rollout_topk_log_probs")}
+    columns = {name: [] for name in ("prompts", "responses", "input_ids", "topk_ids", "rollout_topk_log_prob")}
     logits, log_mu = [], []
     for row, length in enumerate(lengths):
         prompt = torch.randint(vocabulary, (3 + row,), generator=generator)
@@ -24,8 +24,8 @@ def micro_batch(lengths, *, k=K, dtype=torch.float32, seed=0, scale=2.0, vocabul
         columns["prompts"].append(prompt)
         columns["responses"].append(response)
         columns["input_ids"].append(torch.cat([prompt, response]))
-        columns["rollout_topk_ids"].append(top.indices.int())
-        columns["rollout_topk_log_probs"].append(top.values.to(dtype))
+        columns["topk_ids"].append(top.indices.int())
+        columns["rollout_topk_log_prob"].append(top.values.to(dtype))
         logits.append(own)
         log_mu.append(mu.gather(-1, response[:, None])[:, 0])
     data = TensorDict({name: nested(rows) for name, rows in columns.items()}, batch_size=len(lengths))
@@ -44,7 +44,7 @@ def expected_log_probs(data, logits):
     for row in range(len(data)):
         prompt, length = len(data["prompts"][row]), len(data["responses"][row])
         own = logits[start : start + prompt + length].double().log_softmax(-1)
-        ids = data["rollout_topk_ids"][row]
+        ids = data["topk_ids"][row]
         result.append([[own[prompt - 1 + t, i].item() for i in ids[t].tolist()] for t in range(length)])
         start += prompt + length
     return result

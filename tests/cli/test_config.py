@@ -6,10 +6,10 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from cppo_verl import config as configuration
 from cppo_verl.adapters import compat
-from cppo_verl.config import ConfigError
-from cppo_verl.validation import validate
+from cppo_verl.config import compose as configuration
+from cppo_verl.config.validate import validate
+from cppo_verl.problems import ConfigError
 
 METHODS = {
     "cppo": ("Cppo", "topk_tv"),
@@ -143,7 +143,7 @@ REFUSED = [
     (["distillation.enabled=true"], "distillation.enabled=true: verl's distillation replaces the policy loss"),
     (["divergence=js"], "divergence=js: there is no such divergence; choose one of binary_kl"),
     (["method.detla=0.2"], "method.detla: there is no such setting, did you mean method.delta or method.delta_b?"),
-    (["method=grpo", "method.delta=0.2"], "there is no such setting; method=grpo has name, eps_low, eps_high"),
+    (["method=grpo", "method.delta=0.2"], "there is no such setting; method=grpo has eps_low, eps_high, name"),
     (["metod=grpo"], "metod: there is no such setting, did you mean method?"),
     (["delta=0.2"], "delta: there is no such setting, did you mean method.delta or"),
     (["actor_rollout_ref.actor.optim.lrr=1"], "did you mean actor_rollout_ref.actor.optim.lr? (+actor_rollout_ref"),
@@ -227,8 +227,10 @@ def test_refused_with_a_reason(base, overrides, message):
 def test_megatrons_recipes():
     """Four cards cannot hold eight-fold expert parallelism; nowhere does set-up install Megatron-core."""
     thirty_billion = ["platform=gpu", "recipe=qwen3_30b_a3b_base"]
-    absent = [line for line in validate(configuration.compose(thirty_billion), planned=True) if "data." not in line]
-    assert any("strategy=megatron: Megatron-core is not installed" in line for line in absent)
+    absent = validate(configuration.compose(thirty_billion), planned=True)
+    assert all(problem.only_here for problem in absent)
+    strategy = [problem.text for problem in absent if problem.key == "actor_rollout_ref.actor.strategy"]
+    assert "Megatron-core is not installed" in strategy[0]
     assert "Megatron-core is not installed" in refusal(thirty_billion)
     four = refusal([*thirty_billion, "trainer.nnodes=1", "trainer.n_gpus_per_node=4"])
     assert (

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from cppo_verl import config, doctor
-from cppo_verl.adapters import probe
 from cppo_verl.cli import main
-from cppo_verl.doctor import Check, files, machine
+from cppo_verl.config import compose as configuration
+from cppo_verl.doctor import command as doctor
+from cppo_verl.doctor import probe
+from cppo_verl.doctor.command import Check, files, machine
 from cppo_verl.doctor.findings import GIB, Subject, fail, ok, skip, warn
-from cppo_verl.launcher import stale_processes
+from cppo_verl.run.supervisor import stale_processes
 
 CPPO = Path(sys.executable).parent / "cppo"
 
@@ -41,7 +42,7 @@ def overrides(live_assets, tmp_path):
 @pytest.fixture
 def subject(overrides):
     """``subject(override, ...)``: the quickstart's run with further overrides."""
-    return lambda *more: Subject(config.compose([*overrides, *more]), described=True)
+    return lambda *more: Subject(configuration.compose([*overrides, *more]), described=True)
 
 
 def only(findings):
@@ -214,7 +215,7 @@ def test_an_installed_wheel_has_its_requirements_only(tmp_path, monkeypatch):
     ],
 )
 def test_vllm_hardware_and_platform_belong_together(subject, monkeypatch, vllm, gpu, platform, expected):
-    monkeypatch.setattr(config, "has_gpu", lambda: gpu)
+    monkeypatch.setattr("cppo_verl.run.machine.has_gpu", lambda: gpu)
     monkeypatch.setattr(machine, "_version", {"vllm": vllm}.get)
     finding = only(machine.check_stack(subject(f"platform={platform}")))
     assert finding.status == expected
@@ -222,7 +223,7 @@ def test_vllm_hardware_and_platform_belong_together(subject, monkeypatch, vllm, 
 
 
 def test_a_head_without_gpus_may_join_a_cluster(subject, monkeypatch):
-    monkeypatch.setattr(config, "has_gpu", lambda: False)
+    monkeypatch.setattr("cppo_verl.run.machine.has_gpu", lambda: False)
     monkeypatch.setattr(machine, "_version", {"vllm": "0.24.0"}.get)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert only(machine.check_stack(subject("platform=gpu"))).status == "ok"
@@ -249,7 +250,7 @@ esac
 
 
 def test_nvidia_smi_is_read(subject, monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "has_gpu", lambda: True)
+    monkeypatch.setattr("cppo_verl.run.machine.has_gpu", lambda: True)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -470,7 +471,7 @@ def test_data_files_are_looked_into(subject, tmp_path, live_assets):
 
 def test_prepared_data_is_looked_into_without_overrides(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    machine = Subject(config.compose(["platform=cpu"]), described=False)
+    machine = Subject(configuration.compose(["platform=cpu"]), described=False)
     assert only(files.check_data(machine)).status == "skip"
     (tmp_path / "data").mkdir()
     parquet.write_table(pa.table({"prompt": ["1?"]}), tmp_path / "data" / "dapo.parquet")
@@ -506,7 +507,7 @@ def test_wandb(subject, monkeypatch, tmp_path):
 
 def followed(folder, code):
     """What is reported of a process that runs ``code``, with a Report called ``report``."""
-    code = f"from cppo_verl.adapters.probe import Report\nreport = Report({str(folder)!r})\n" + textwrap.dedent(code)
+    code = f"from cppo_verl.doctor.probe import Findings\nreport = Findings({str(folder)!r})\n" + textwrap.dedent(code)
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
     try:
@@ -648,17 +649,17 @@ def test_missing_seams_are_named(overrides, tmp_path):
         import os, sys
         os.environ["VERL_PLATFORM"] = "cpu"
         import verl.experimental.agent_loop.agent_loop as agent_loop
-        import cppo_verl.adapters.agent_loop
+        import cppo_verl.adapters.rollout.agent_loop
         from verl.workers.rollout.replica import RolloutReplicaRegistry
-        from cppo_verl.adapters.probe import Report, plugin
-        from cppo_verl.config import compose
+        from cppo_verl.doctor.probe import Findings, plugin
+        from cppo_verl.config.compose import compose
 
         agent_loop._agent_loop_registry.clear()
         RolloutReplicaRegistry._registry.clear()
         RolloutReplicaRegistry.register = classmethod(lambda cls, name, loader: None)
         config = compose(sys.argv[2:])
         config.actor_rollout_ref.actor.policy_loss = {"_target_": "verl.workers.config.PolicyLossConfig"}
-        plugin(config, True, Report(sys.argv[1]))
+        plugin(config, True, Findings(sys.argv[1]))
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), *overrides]
     subprocess.run(command, check=True, capture_output=True, timeout=300)

@@ -15,10 +15,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from cppo_verl.cli import main
-from cppo_verl.config import compose, verl_config_dir
+from cppo_verl.config.compose import compose, verl_config_dir
+from cppo_verl.dry_run.cautions import cautions
 from cppo_verl.dry_run.memory import GIB, estimate
 from cppo_verl.dry_run.model import find_model
-from cppo_verl.dry_run.warnings import warnings
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 # Rows of the files that the recipes name.
@@ -154,7 +154,7 @@ def test_known_differences(printed):
     found = pairs(line.strip() for line in sections["difference"] if ": " in line)
     assert found[f"{ACTOR}.strategy"] == "fsdp -> fsdp2"
     assert found[f"{ROLLOUT}.gpu_memory_utilization"] == "0.5 -> 0.7"
-    assert found["method"].startswith("name=cppo, delta=0.15, ")
+    assert ", name=cppo, delta=0.15, " in found["method"]
     assert found["algorithm.adv_estimator"] == "gae -> grpo"
     assert f"{ACTOR}.ppo_max_token_len_per_gpu" not in found  # verl's own 16384
 
@@ -338,7 +338,7 @@ def test_each_warning(eight_billion, name):
         for key, value in (word.split("=") for word in overrides):
             OmegaConf.update(config, key, yaml.safe_load(value))
     model, _ = find_model(config.actor_rollout_ref.model)
-    found = [*warnings(config, model, estimate(config, model, 80 * GIB), 80 * GIB)]
+    found = [*cautions(config, model, estimate(config, model, 80 * GIB), 80 * GIB)]
     assert any(line.startswith(setting) and text in line for line in found), found
 
 
@@ -363,7 +363,7 @@ def test_megatrons_warnings_name_what_is_not_in_force(thirty_billion, overrides,
     for key, value in overrides.items():
         OmegaConf.update(config, key, value)
     model, _ = find_model(config.actor_rollout_ref.model)
-    found = [*warnings(config, model, estimate(config, model, 80 * GIB), 80 * GIB)]
+    found = [*cautions(config, model, estimate(config, model, 80 * GIB), 80 * GIB)]
     assert any(text in line for line in found), found
     assert not any("recompute" in line or "offload" in line for line in found)
 

@@ -10,13 +10,15 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cppo_verl import config as configuration
-from cppo_verl import launcher, retention
-from cppo_verl.checkpoints import CheckpointError, export, find
-from cppo_verl.launcher import environment, prepare_folder
-from cppo_verl.model_card import _without_folders
-from cppo_verl.run_log import RunLog, read_lines, validation_score
-from cppo_verl.validation import validate
+from cppo_verl.checkpoint import retention
+from cppo_verl.checkpoint.card import _without_folders
+from cppo_verl.checkpoint.export import export
+from cppo_verl.checkpoint.find import CheckpointError, find
+from cppo_verl.config import compose as configuration
+from cppo_verl.config.validate import validate
+from cppo_verl.run.log import RunLog, read_lines, validation_score
+from cppo_verl.training import launcher
+from cppo_verl.training.launcher import environment, prepare_folder
 
 
 @pytest.fixture

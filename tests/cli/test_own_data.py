@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cppo_verl.adapters.generation import reward_function
 from cppo_verl.cli import main
+from cppo_verl.evaluation.generation import reward_function
 from cppo_verl.evaluation.samples import Question, Sample, grade_sample, read_questions
 from cppo_verl.grading import OUTCOMES
 

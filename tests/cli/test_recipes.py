@@ -13,9 +13,9 @@ import pyarrow.parquet as parquet
 import pytest
 from omegaconf import OmegaConf
 
-from cppo_verl import config as configuration
 from cppo_verl.cli import main
-from cppo_verl.validation import validate
+from cppo_verl.config import compose as configuration
+from cppo_verl.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 PAPER = json.loads((ROOT / "tests" / "data" / "paper.json").read_text())
@@ -39,7 +39,7 @@ def compose(tmp_path, monkeypatch):
     def run(overrides):
         config = configuration.compose(overrides)
         absent = validate(config, planned=True)
-        assert all("Megatron-core is not installed" in line for line in absent), absent
+        assert all("Megatron-core is not installed" in problem.text for problem in absent), absent
         return config
 
     return run

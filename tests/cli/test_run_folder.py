@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from cppo_verl.display import RunDisplay
-from cppo_verl.report import RunReport, validation_changes
-from cppo_verl.run_log import RunLog, read_metrics
+from cppo_verl.run.log import RunLog, read_metrics
+from cppo_verl.training.display import RunDisplay
+from cppo_verl.training.summary import RunSummary, validation_changes
 
 
 def test_lines_of_a_step_are_merged_and_later_ones_win(tmp_path):
@@ -66,7 +66,7 @@ def test_change_of_validation_is_paired_by_problem(run):
 
 
 def test_masked_share_is_over_all_tokens_of_the_run(run):
-    assert RunReport.read(run).masked() == pytest.approx({"masked": 0.06, "token": 0.03, "prefix": 0.03})
+    assert RunSummary.read(run).masked() == pytest.approx({"masked": 0.06, "token": 0.03, "prefix": 0.03})
 
 
 def test_a_response_with_a_line_separator_of_unicode_is_one_sample(run):
@@ -78,14 +78,14 @@ def test_a_response_with_a_line_separator_of_unicode_is_one_sample(run):
 
 
 def test_answers_that_could_not_be_graded_are_in_the_summary(run):
-    assert "failed grading" not in dict(RunReport.read(run).rows())
+    assert "failed grading" not in dict(RunSummary.read(run).rows())
     RunLog(run).metrics(1, {"grading/timeout": 3, "grading/error": 0})
     RunLog(run).metrics(2, {"grading/timeout": 1})
-    assert dict(RunReport.read(run).rows())["failed grading"].startswith("4 timeout (scored 0")
+    assert dict(RunSummary.read(run).rows())["failed grading"].startswith("4 timeout (scored 0")
 
 
 def test_summary_and_plots_are_written(run):
-    RunReport.read(run).write()
+    RunSummary.read(run).write()
     assert json.loads((run / "summary.json").read_text())["validation"][0]["source"] == "toy"
     assert (run / "plots/training.png").stat().st_size > 10_000
 

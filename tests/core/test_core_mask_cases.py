@@ -80,7 +80,7 @@ def test_cppo_mask_by_hand(inputs, weights, delta_b, expected):
     inputs = [torch.tensor([values], dtype=torch.float32) for values in inputs]
     budget = None if delta_b is None else torch.tensor([delta_b])
     region = cppo_mask(*inputs, delta=QUARTER, weights=torch.tensor([weights]), delta_b=budget)
-    for field, want in zip(region, expected, strict=True):
+    for field, want in zip(region[:4], expected, strict=True):
         assert field.tolist() == [want]
 
 
@@ -165,5 +165,25 @@ GATE = {
 def test_soft_gate_by_hand(divergence, advantages, delta_b, weights, expected):
     divergence, advantages, weights = (torch.tensor([x]) for x in (divergence, advantages, weights))
     ratio, budget = torch.full_like(divergence, 0.5), None if delta_b is None else torch.tensor([delta_b])
-    gate = soft_gate(ratio, advantages, divergence, torch.ones_like(ratio), delta=0.25, weights=weights, delta_b=budget)
+    arguments, options = (
+        (ratio, advantages, divergence, torch.ones_like(ratio)),
+        {"weights": weights, "delta_b": budget},
+    )
+    gate = soft_gate(cppo_mask(*arguments, delta=0.25, **options))
     assert gate.tolist()[0] == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(soft_gate(*arguments, delta=0.25, **options), gate)
+
+
+def test_excess_by_hand():
+    """x_t whatever the direction of the update; 0 on padding; of TRM: the worse of its two quotients."""
+    divergence, ones = torch.tensor([[0.25, 0.25, 0.5, 9.0]]), torch.ones(1, 4)
+    valid, budget = torch.tensor([[1, 1, 1, 0]]), torch.tensor([0.25])
+    for advantages in (ones, -ones):
+        region = cppo_mask(ones, advantages, divergence, valid, delta=0.25, weights=ones, delta_b=budget)
+        assert region.excess.tolist() == [[1.0, 1.0, 2.0, 0.0]]  # S / bound: 0.25 / 0.25, 0.5 / 0.5, 1 / 0.75
+    tight = cppo_mask(ones, ones, divergence, valid, delta=0.25, weights=ones, delta_b=torch.zeros(1))
+    assert tight.excess.tolist() == [[1.0, 2.0, 4.0, 0.0]]
+    assert dppo_mask(ones, ones, divergence, valid, delta=0.25).excess.tolist() == [[1.0, 1.0, 2.0, 0.0]]
+    even = torch.tensor([[0.25, 0.5, 0.75, 9.0]])
+    assert trm_mask(even, valid, delta_max=0.25).excess.tolist() == [[1.0, 2.0, 3.0, 0.0]]
+    assert trm_mask(even, valid, delta_max=0.25, delta_avg=0.25).excess.tolist() == [[2.0, 2.0, 3.0, 0.0]]

@@ -7,7 +7,7 @@ from core_cases import FLOAT_DTYPES, MASK_DTYPES, generator, lattice_inputs, mas
 
 from cppo_verl.core.masks import TrustRegion, cppo_mask, dppo_mask, soft_gate, trm_mask
 
-FIELDS = ("keep", "token_exceeded", "prefix_exceeded", "threshold")
+FIELDS = ("keep", "token_exceeded", "prefix_exceeded", "threshold", "excess")
 NEAR = 2e-6  # float32 may decide differently from float64 only this close to a threshold
 
 
@@ -132,11 +132,14 @@ def test_soft_gate_matches_the_slow_loop(shape, mask_dtype, dtype):
         named, options = mask_inputs(seed, *shape, dtype=dtype, mask_dtype=mask_dtype)
         for delta_b in (options["delta_b"], None, torch.zeros(shape[0])):
             options = {**options, "delta_b": delta_b}
-            expected = [[g for g, _ in slow.soft_gate(*row, **kw)] for row, kw in cppo_rows(named, options)]
-            gate = soft_gate(**named, **options)
+            expected = torch.tensor([slow.soft_gate(*row, **kw) for row, kw in cppo_rows(named, options)])
+            region = cppo_mask(**named, **options)
+            gate = soft_gate(region)
             assert gate.dtype == torch.float32
             assert gate.shape == shape
-            torch.testing.assert_close(gate, torch.tensor(expected), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(gate, expected[..., 0], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(region.excess, expected[..., 1], atol=1e-6, rtol=1e-5)
+            assert torch.equal(soft_gate(**named, **options), gate)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -173,6 +176,7 @@ def test_a_masked_token_always_has_a_cause_and_a_kept_one_an_excuse(seed):
         away = (named["advantages"].sign() * named["log_ratio"].sign()) > 0
         exceeded = region.token_exceeded | region.prefix_exceeded
         assert torch.equal(region.keep, valid & ~(away & exceeded))
+        assert torch.equal(region.excess > 1, exceeded)
 
 
 def test_a_float32_divergence_equal_to_a_threshold_that_float32_cannot_hold_is_kept():
@@ -183,6 +187,7 @@ def test_a_float32_divergence_equal_to_a_threshold_that_float32_cannot_hold_is_k
         assert region.keep.all()
         assert not region.token_exceeded.any()
         assert not region.prefix_exceeded.any()
+        assert region.excess.item() == 1
     assert dppo_mask(ones, ones, divergence, ones, delta=0.15).keep.all()
     assert trm_mask(divergence, ones, delta_max=0.15).keep.all()
     assert trm_mask(divergence, ones, delta_avg=0.15).keep.all()

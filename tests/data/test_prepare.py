@@ -9,6 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from cppo_verl.cli import main
+from cppo_verl.config.check_files import inspect_data_file
 from cppo_verl.data.prepare import (
     TEMPLATES,
     Counts,
@@ -21,9 +22,8 @@ from cppo_verl.data.prepare import (
     prepare,
     unwrap,
 )
-from cppo_verl.data.sources import DataError, Problem, load, table_rows
+from cppo_verl.data.sources import DataError, MathProblem, load, table_rows
 from cppo_verl.grading import compute_score, grade
-from cppo_verl.validation.files import inspect_data_file
 
 DATA = os.environ.get("CPPO_DATA_DIR")
 needs_data = pytest.mark.skipif(DATA is None, reason="CPPO_DATA_DIR is not set: the public data sets are not here")
@@ -134,7 +134,7 @@ def test_golds(gold, normal):
 
 def test_repeated_rows_of_the_hub_count_once():
     counts = Counts()
-    rows = [Problem(str(number), f"problem {number % 3}", "1") for number in range(300)]
+    rows = [MathProblem(str(number), f"problem {number % 3}", "1") for number in range(300)]
     said = []
     assert len(deduplicate(distinct("dapo", rows, said.append), counts)) == 3
     assert (counts.rows, counts.duplicates) == (300, 297)
@@ -235,7 +235,7 @@ def test_the_hubs_layout_of_dapo_a_hundred_times_over(tmp_path):
         }
         for number, row in enumerate(rows)
     ] * 10
-    bare = deduplicate(((cleaned(Problem("", r["problem"], r["answer"])), 1) for r in rows), Counts())
+    bare = deduplicate(((cleaned(MathProblem("", r["problem"], r["answer"])), 1) for r in rows), Counts())
     table = datasets.Dataset.from_list(wrapped)
     assert sum(1 for _ in table_rows(table)) == len(wrapped)
     table.to_parquet(tmp_path / "hub.parquet")

@@ -2,8 +2,9 @@
 
 import pytest
 
-from cppo_verl import retention
-from cppo_verl.checkpoints import CheckpointError, checkpoints_of, find, fingerprint
+from cppo_verl.checkpoint import retention
+from cppo_verl.checkpoint.export import fingerprint
+from cppo_verl.checkpoint.find import CheckpointError, checkpoints_of, find
 from cppo_verl.cli import main
 
 

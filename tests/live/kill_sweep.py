@@ -23,14 +23,14 @@ import psutil
 import torch
 from small_run import base_overrides, make_assets, weights_of
 
-from cppo_verl import retention
-from cppo_verl.run_log import accuracies, read_lines, read_metrics
+from cppo_verl.checkpoint import retention
+from cppo_verl.run.log import accuracies, read_lines, read_metrics
 
 CPPO = Path(sys.executable).parent / "cppo"
 
 # The process of a run that is killed, by a part of its command line or of the name it gives itself.
 TARGETS = {
-    "driver": "cppo_verl.adapters.main",
+    "driver": "cppo_verl.adapters.driver.main",
     "actor worker": "ray::WorkerDict",
     "vLLM server": "ray::TopKServer",
     "raylet": "raylet/raylet",

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from cppo_verl import config as configuration
-from cppo_verl.launcher import end_run, environment, prepare_folder
-from cppo_verl.run_log import read_lines
-from cppo_verl.validation import validate
+from cppo_verl.config import compose as configuration
+from cppo_verl.config.validate import validate
+from cppo_verl.run.log import read_lines
+from cppo_verl.run.supervisor import end_run
+from cppo_verl.training.launcher import environment, prepare_folder
 
 # What a stage may change on a running stack.
 SWAPPED = ("method", "divergence", "run", "actor_rollout_ref.actor")
@@ -56,9 +57,9 @@ def _main(folder: Path) -> None:
     import ray
     from verl.utils.config import omega_conf_to_dataclass
 
-    from cppo_verl.adapters.loss import TrustRegionLoss
-    from cppo_verl.adapters.main import TaskRunner, train
-    from cppo_verl.run_log import read_metrics
+    from cppo_verl.adapters.actor.loss import TrustRegionLoss
+    from cppo_verl.adapters.driver.main import TaskRunner, train
+    from cppo_verl.run.log import read_metrics
 
     stages = OmegaConf.load(folder / "stages.yaml").stages
 

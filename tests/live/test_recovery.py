@@ -12,8 +12,8 @@ import pytest
 from kill_sweep import TARGETS, Sweep
 from small_run import base_overrides
 
-from cppo_verl import retention
-from cppo_verl.run_log import read_lines, read_metrics
+from cppo_verl.checkpoint import retention
+from cppo_verl.run.log import read_lines, read_metrics
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 CPPO = Path(sys.executable).parent / "cppo"

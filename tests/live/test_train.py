@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cppo_verl.data.sources import AIME
-from cppo_verl.run_log import read_metrics
+from cppo_verl.run.log import read_metrics
 
 pytestmark = pytest.mark.live
 CPPO = Path(sys.executable).parent / "cppo"

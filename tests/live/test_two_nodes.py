@@ -4,7 +4,7 @@ import pytest
 from small_run import base_overrides
 from two_nodes import ENVIRONMENT, namespaces_of, on_host, ray_cluster, refusal, train, two_hosts
 
-from cppo_verl.run_log import read_metrics
+from cppo_verl.run.log import read_metrics
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 

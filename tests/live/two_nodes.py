@@ -24,7 +24,7 @@ import numpy as np
 from kill_sweep import processes
 from scipy.stats import t as student
 
-from cppo_verl.run_log import read_metrics
+from cppo_verl.run.log import read_metrics
 
 BIN = Path(sys.executable).parent
 HOSTS = ("cppo-host-a", "cppo-host-b")

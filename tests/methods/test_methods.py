@@ -1,5 +1,6 @@
 """Each method is its rule of the core and nothing else; what it reports as masked has gradient zero."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -8,19 +9,20 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from cppo_verl import core
-from cppo_verl.config import choices, config_dir
-from cppo_verl.methods import DIVERGENCES, Tokens
+from cppo_verl.config.compose import choices, compose
+from cppo_verl.methods import MEASURES, Tokens
 
 
-def build(name, divergence="binary_tv", **changes):
+@cache
+def configured(name):
+    """The settings of a method over binary TV, as ``cppo train`` composes them."""
+    config = compose([f"method={name}", "divergence=binary_tv", "platform=cpu"])
+    return OmegaConf.to_container(config.method, resolve=True)
+
+
+def build(name, **changes):
     """The method as its configuration file says, with a few settings changed."""
-    thresholds = OmegaConf.to_container(OmegaConf.load(config_dir() / "train.yaml"))["thresholds"]
-    config = OmegaConf.create({"thresholds": thresholds})
-    config.divergence = OmegaConf.load(config_dir() / f"divergence/{divergence}.yaml")
-    config.method = OmegaConf.load(config_dir() / f"method/{name}.yaml")
-    config.method.pop("defaults", None)
-    config.method.update(changes)
-    return instantiate(OmegaConf.to_container(config, resolve=True)["method"])
+    return instantiate({**configured(name), **changes})
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def tokens():
 
 
 def gradient(tokens, outcome):
-    loss = torch.where(tokens.response_mask, outcome.loss, 0.0).sum()
+    loss = torch.where(tokens.valid, outcome.loss, 0.0).sum()
     return torch.autograd.grad(loss, tokens.log_prob)[0]
 
 
@@ -46,7 +48,7 @@ def gradient(tokens, outcome):
 def test_masked_means_no_gradient_and_kept_means_some(name, tokens):
     outcome = build(name)(tokens)
     slope = gradient(tokens, outcome)
-    valid = tokens.response_mask
+    valid = tokens.valid
     assert (slope[valid & (outcome.gate == 0)] == 0).all()
     assert (slope[valid & (outcome.gate == 1)] != 0).all()
     assert (slope[~valid] == 0).all()
@@ -54,19 +56,19 @@ def test_masked_means_no_gradient_and_kept_means_some(name, tokens):
 
 @pytest.mark.parametrize("name", ["cppo", "dppo", "grpo", "trm_max", "trm_avg", "trm_max_avg"])
 def test_the_batch_exercises_the_mask(name, tokens):
-    gate = build(name)(tokens).gate[tokens.response_mask]
+    gate = build(name)(tokens).gate[tokens.valid]
     assert 0 < (gate == 0).sum() < len(gate)
 
 
 def test_cppo_is_the_cores_mask(tokens):
     outcome = build("cppo")(tokens)
-    weights = core.position_weights(tokens.response_mask, 0.8)
+    weights = core.position_weights(tokens.valid, 0.8)
     delta_b = torch.full((16,), 0.015)
     region = core.cppo_mask(
         tokens.log_prob.detach() - tokens.rollout_log_prob,
         tokens.advantages,
         tokens.divergence,
-        tokens.response_mask,
+        tokens.valid,
         delta=0.15,
         weights=weights,
         delta_b=delta_b,
@@ -116,21 +118,23 @@ def test_shuffled_weights_follow_the_responses_seed(tokens):
 
 def test_trm_masks_whole_responses(tokens):
     outcome = build("trm_max", delta_max=0.1)(tokens)
-    for gate, cause, valid in zip(outcome.gate, outcome.token_cause, tokens.response_mask, strict=True):
+    for gate, cause, valid in zip(outcome.gate, outcome.token_cause, tokens.valid, strict=True):
         assert len(set(gate[valid].tolist())) == 1
         assert (cause[valid] == (gate[valid] == 0)).all()
 
 
 def test_every_configured_divergence_exists(tokens):
-    assert set(DIVERGENCES) == set(choices("divergence"))
+    assert set(MEASURES) == set(choices("divergence"))
     for name in choices("divergence"):
-        assert OmegaConf.load(config_dir() / f"divergence/{name}.yaml").name == name
+        assert compose([f"divergence={name}", "platform=cpu"]).divergence.name == name
         arguments = [tokens.log_prob.detach(), tokens.rollout_log_prob]
-        if DIVERGENCES[name].over_topk:  # K = 1: the sampled token
+        if MEASURES[name].over_topk:  # K = 1: the sampled token
             arguments += [arguments[0][..., None], arguments[1][..., None], torch.ones(16, 12, dtype=torch.bool)]
-        assert (DIVERGENCES[name].function(*arguments) >= 0).all()
+        assert (MEASURES[name].function(*arguments) >= 0).all()
 
 
 def test_methods_know_nothing_of_their_caller(tokens):
-    """Only the fields of Tokens are read."""
-    assert build("grpo")(SimpleNamespace(**tokens._asdict())).loss.shape == (16, 12)
+    """Only what Tokens offers is read: the same numbers from anything that has it."""
+    stand_in = SimpleNamespace(**tokens._asdict(), log_ratio=tokens.log_ratio)
+    for name in choices("method"):
+        assert torch.equal(build(name)(stand_in).loss, build(name)(tokens).loss)

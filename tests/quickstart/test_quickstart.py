@@ -6,9 +6,9 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cppo_verl.config.check_files import inspect_data_file
 from cppo_verl.grading import grade
 from cppo_verl.quickstart.task import TaskSpec, make_splits, sloppy_answer, worked_answer
-from cppo_verl.validation.files import inspect_data_file
 
 
 @pytest.fixture(scope="module")

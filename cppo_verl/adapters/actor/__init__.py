@@ -1,0 +1,1 @@
+"""The actor worker: verl's update with the trust-region loss."""

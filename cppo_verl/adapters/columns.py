@@ -1,0 +1,24 @@
+"""Names of what is ours in a request, in a trajectory and in a batch, from vLLM through TransferQueue to the loss.
+
+The Top-K columns have the same names in the server's output, in the queue, in the actor's ``TopK``, in ``core`` and in
+a dumped step.
+"""
+
+# In a training batch for the agent loop, and in a request's SamplingParams.extra_args: K, the tokens wanted a position.
+TOPK = "cppo_topk"
+
+# Columns of a trajectory, one row for each token of its response.
+TOPK_IDS = "topk_ids"
+"""The K ids most likely under mu, int32 ``[T, K]``."""
+ROLLOUT_TOPK_LOG_PROB = "rollout_topk_log_prob"
+"""log mu at them, ``[T, K]``; float32, or on its way float16 (``divergence.log_prob_dtype``)."""
+TOPK_COLUMNS = (TOPK_IDS, ROLLOUT_TOPK_LOG_PROB)
+
+# In a trajectory's extra_fields: the response ended at its longest length. verl's own stop reason does not tell.
+TRUNCATED = "truncated"
+
+# A column of a training batch: one seed a response, int64 [B].
+RESPONSE_SEEDS = "response_seeds"
+
+# In a training batch: the folder that its micro-batches are dumped to, "" for none.
+DUMP_DIR = "dump_dir"

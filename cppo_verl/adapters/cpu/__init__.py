@@ -1,0 +1,1 @@
+"""verl and vLLM without an accelerator, from outside."""

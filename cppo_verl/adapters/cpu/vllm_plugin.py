@@ -1,0 +1,21 @@
+"""vLLM's side of the CPU stack (``vllm.general_plugins`` entry point: called before a model is built)."""
+
+import os
+from typing import Any
+
+
+def register() -> None:
+    """Keep Linear weights updatable.
+
+    vLLM's CPU backend repacks them after loading and drops the parameter, so the first weight sync of a training run
+    would fail; a plain ``F.linear`` on the kept parameter serves both.
+    """
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
+        return
+    import torch
+    import vllm.model_executor.layers.utils as layers
+
+    def keep_parameter(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    layers.dispatch_cpu_unquantized_gemm = keep_parameter

@@ -1,0 +1,1 @@
+"""The training process: Ray, verl's task runner and trainer."""

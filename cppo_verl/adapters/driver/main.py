@@ -1,0 +1,115 @@
+"""The training process: ``python -m cppo_verl.adapters.driver.main RUN_FOLDER`` (``cppo train`` starts it).
+
+Reads RUN_FOLDER/config.yaml, which the command line has composed and checked, starts Ray and runs the trainer.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+
+from cppo_verl.adapters import compat
+from cppo_verl.adapters.cpu import verl_platform
+from cppo_verl.run import lifeline
+from cppo_verl.run.folder import read_config
+from cppo_verl.run.log import RunLog
+
+# Variables of this process that the workers of a running cluster are to have as well, by how their names begin.
+_FORWARDED = (
+    *("CPPO_", "VERL_", "VLLM_", "TQ_", "OMP_", "KMP_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "GLOO_"),
+    *("CUDA_DEVICE_MAX", "RAY_ACCEL", "RAY_DEDUP", "RAY_USAGE", "PYTHONUNBUFFERED", "HYDRA_", "WANDB_", "TENSORBOARD_"),
+)
+# Of one node only.
+_LOCAL = ("VLLM_HOST_IP",)
+
+
+@ray.remote
+class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
+    """verl's V1 task runner with our trainer; the trainer mode stays "sync", which verl compares by name."""
+
+    trainer_class: type | None = None  # TrustRegionTrainer; imported in the runner's own process
+
+    def run(self, config: DictConfig) -> None:
+        import transfer_queue as tq
+        from verl.utils.logging_utils import configure_verl_logging
+
+        from cppo_verl.adapters.driver.trainer import TrustRegionTrainer
+        from cppo_verl.adapters.rollout import server
+
+        server.register()
+        configure_verl_logging()
+        config.transfer_queue.enable = True
+        OmegaConf.resolve(config)
+        self.config = config
+        RunLog(f"{config.run.dir}/{config.run.name}").event("starting workers")
+        tq.init(config.transfer_queue)
+        succeeded = False
+        try:
+            self.trainer = (self.trainer_class or TrustRegionTrainer)(config=config)
+            self.trainer.init()
+            self.init_agent_loop_manager()
+            self.fit(config)
+            succeeded = True
+        finally:
+            try:
+                tracking = getattr(self.trainer, "logger", None)
+                if tracking is not None:
+                    tracking.finish(exit_code=0 if succeeded else 1)
+            finally:
+                tq.close()
+
+    def fit(self, config: DictConfig) -> None:
+        self.trainer.fit(self.agent_loop_manager)
+
+
+def train(config: DictConfig, runner: Any = TaskRunner) -> None:
+    """Run one training to its end. Errors of workers arrive here as Ray's task errors."""
+    compat.check()
+    if config.trainer.device == "cpu" and not verl_platform.active():
+        raise RuntimeError("trainer.device=cpu needs VERL_PLATFORM=cpu in the environment; cppo train sets it")
+    config.ray_kwargs.ray_init = ray_settings(config.ray_kwargs.ray_init, os.environ)
+    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    run_ppo(config, task_runner_class=runner)
+
+
+def ray_settings(settings: DictConfig, environment: Mapping[str, str]) -> DictConfig:
+    """Arguments of ``ray.init``: for a Ray of this run's own, or for a cluster that is running already.
+
+    Processes of an own Ray inherit this one's environment. Those of a running cluster have its nodes': what the run
+    needs is sent along, and what would size a new Ray is left out, which ``ray.init`` refuses there.
+    """
+    address = settings.get("address") or environment.get("RAY_ADDRESS")
+    if not address:
+        # Without "local" Ray joins any cluster that it finds on this machine.
+        return _merged(settings, {"address": "local"})
+    forwarded = {
+        name: value for name, value in environment.items() if name.startswith(_FORWARDED) and name not in _LOCAL
+    }
+    sizes = ("num_cpus", "num_gpus", "resources", "object_store_memory", "include_dashboard")
+    kept = {name: value for name, value in settings.items() if name not in sizes}
+    return _merged({"runtime_env": {"env_vars": forwarded}}, kept, {"address": address})
+
+
+def _merged(*settings: Any) -> DictConfig:
+    merged = OmegaConf.merge(*settings)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def run(folder: str, runner: Any = TaskRunner) -> None:
+    """Train what RUN_FOLDER/config.yaml says; the outcome is the last event of the folder."""
+    lifeline.heed()
+    log = RunLog(folder)
+    log.event("starting Ray")
+    with log.outcome():
+        train(read_config(folder), runner)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

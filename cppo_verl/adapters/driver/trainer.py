@@ -1,0 +1,247 @@
+"""verl's synchronous V1 trainer with what CPPO needs: our worker, mask_std_0, per-response seeds, the run's log."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import PPOTrainerSync
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils import tensordict_utils as tu
+from verl.utils.tracking import Tracking
+
+from cppo_verl.adapters.actor.worker import TrustRegionActorWorker
+from cppo_verl.adapters.columns import DUMP_DIR, TOPK
+from cppo_verl.adapters.driver.step_metrics import (
+    aime_mean,
+    outcome_metrics,
+    require_finite_gradient,
+    require_finite_rewards,
+)
+from cppo_verl.adapters.driver.trajectories import (
+    ResponseKey,
+    clear_loss_mask,
+    column,
+    is_padding,
+    problems_and_samples,
+    put_response_seeds,
+    shorten_padding_rows,
+    zero_variance_groups,
+)
+from cppo_verl.checkpoint import retention
+from cppo_verl.run.log import RunLog, accuracies, read_metrics, validation_score
+
+# Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
+_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/")
+
+
+class LoggedTracking:
+    """verl's Tracking with every record also appended to the run's own metrics file.
+
+    ``unfinished`` is what is known of the step that a run resumes at, whose validation is still to come.
+    """
+
+    def __init__(self, tracking: Tracking, log: RunLog, unfinished: dict[str, Any]) -> None:
+        self._tracking, self._log, self._unfinished = tracking, log, unfinished
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        data = {**self._unfinished, **data}
+        self._unfinished = {}
+        self._log.metrics(step, data)
+        # What was read from a file has null for NaN.
+        self._tracking.log(data={name: value for name, value in data.items() if value is not None}, step=step)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._tracking.finish(exit_code=exit_code)
+
+
+class TrustRegionTrainer(PPOTrainerSync):
+    """One instance drives a run. Everything not overridden here is verl's."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.run = config.run
+        self.log = RunLog(f"{config.run.dir}/{config.run.name}")
+        self._tracking: LoggedTracking | None = None
+        self._validation_samples: dict[str, Any] | None = None
+        self._step_metrics: dict[str, Any] = {}
+        self._step_batch: KVBatchMeta | None = None
+        self._step_started = 0.0
+        self._unfinished: dict[str, Any] = {}
+        self._unlogged: tuple[int, dict[str, Any]] | None = None
+        # verl's own rotation forgets at a restart what was saved before it, and does not know the best checkpoint.
+        self._keep, config.trainer.max_actor_ckpt_to_keep = config.trainer.max_actor_ckpt_to_keep, None
+        super().__init__(config)
+
+    # fit() creates verl's Tracking itself, by assigning self.logger; this is where the run's own file joins in.
+    @property
+    def logger(self) -> LoggedTracking | None:
+        return self._tracking
+
+    @logger.setter
+    def logger(self, tracking: Tracking) -> None:
+        self._tracking = LoggedTracking(tracking, self.log, self._unfinished)
+        if self._unlogged:
+            step, metrics = self._unlogged
+            self._tracking.log(metrics, step)
+
+    def _build_replay_buffer(self) -> ReplayBuffer:
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = self.run.poll_interval
+        return buffer
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in (Role.ActorRollout, Role.ActorRolloutRef):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(TrustRegionActorWorker)
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self._restore_history(self.global_steps)
+        self.log.event("initialized", step=self.global_steps, total_steps=self.total_training_steps)
+
+    def _restore_history(self, step: int) -> None:
+        """Metrics and validation samples as they were at ``step``; its validation is repeated if it had not ended."""
+        for path in (self.log.folder / "validation").glob("*.jsonl"):
+            if int(path.stem) > step:
+                path.unlink()
+        settings = self.config.trainer
+        folder = retention.step_folder(settings.default_local_dir, step)
+        own = settings.resume_from_path == str(folder)
+        if not step or not own:
+            self.log.forget_after(-1)
+            return
+        logged = {
+            name: value
+            for name, value in read_metrics(self.log.folder).get(step, {}).items()
+            if name not in ("step", "time")
+        }
+        saved = retention.metrics_of(folder) if retention.is_complete(folder) else {}
+        due = settings.test_freq > 0 and (step % settings.test_freq == 0 or step >= self.total_training_steps)
+        settings.val_before_train = due and not accuracies(logged)
+        if settings.val_before_train:
+            self.log.forget_after(step - 1)
+            self._unfinished = {**saved, **logged}
+        else:
+            self.log.forget_after(step)
+            if not logged:
+                self._unlogged = step, saved
+
+    def on_validate_begin(self) -> None:
+        self.log.event("validating", step=self.global_steps)
+
+    def on_sample_begin(self) -> None:
+        super().on_sample_begin()
+        self.log.event("generating", step=self.global_steps)
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        # Read by our agent loop. Validation batches do not pass here: they ask for no Top-K log-probabilities.
+        tu.assign_non_tensor_data(batch, TOPK, self.config.divergence.k)
+        return super()._submit_batch_to_rollout(batch)
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        self._step_metrics, self._step_started = metrics, time.time()
+        self._step_batch = super().step(metrics, timing_raw)
+        return self._step_batch
+
+    def _dump_generations(self, **samples: Any) -> None:
+        if samples["dump_path"] == self.config.trainer.get("validation_data_dir"):
+            self._validation_samples = samples  # written by _val_metrics_update, which knows the data sources
+        else:
+            super()._dump_generations(**samples)
+
+    def _val_metrics_update(self, data_sources: list, sample_uids: list, *args: Any, **kwargs: Any) -> dict[str, float]:
+        samples, self._validation_samples = self._validation_samples, None
+        if samples is not None:
+            source = dict(zip(sample_uids, data_sources, strict=True))
+            columns = samples["reward_extra_infos_dict"]
+            columns["data_source"] = [str(source[ResponseKey.parse(key).group]) for key in columns["uid"]]
+            super()._dump_generations(**samples)
+        metrics = super()._val_metrics_update(data_sources, sample_uids, *args, **kwargs)
+        # verl counts a response that could not be generated or graded as wrong; here it is reported as well.
+        expected = sum((kwargs.get("expected_acc_counts") or {}).values())
+        return metrics | aime_mean(metrics) | {"validation/missing_responses": max(expected - len(sample_uids), 0)}
+
+    def _save_checkpoint(self) -> None:
+        self.log.event("saving", step=self.global_steps)
+        self._prune()  # room for the new one
+        folder = retention.step_folder(self.config.trainer.default_local_dir, self.global_steps)
+        try:
+            retention.remove(folder)  # what an attempt that was killed left there
+            super()._save_checkpoint()
+            retention.complete(folder, self.global_steps, self._metrics_so_far())
+        except Exception as error:
+            raise _unsaved(folder, error) from error
+        self._prune()
+
+    def _prune(self) -> None:
+        scores = {step: validation_score(line) for step, line in read_metrics(self.log.folder).items()}
+        known = {step: score for step, score in scores.items() if score is not None}
+        retention.prune(self.config.trainer.default_local_dir, self._keep, known)
+
+    def _metrics_so_far(self) -> dict[str, Any]:
+        """The step's metrics with what verl adds to them after saving and validating."""
+        metrics = dict(self._step_metrics)
+        timing = {**self.timing_raw, "step": time.time() - self._step_started}
+        epoch = (self.global_steps - 1) // self.steps_per_epoch
+        self._compute_metrics(self._step_batch, metrics, timing, global_steps=self.global_steps, epoch=epoch)
+        return metrics
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        metrics["rollout/missing_responses"] = expected - len(batch)
+        if self.run.seeded_rollout:
+            # Rollouts finish in any order; which minibatch a response falls into must not depend on it.
+            order = problems_and_samples(batch)
+            batch.reorder(sorted(range(len(batch)), key=order.__getitem__))
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
+        if self.config.divergence.k:
+            shorten_padding_rows(batch)
+        return batch
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._compute_advantage(batch, metrics)
+        extra_fields = column(batch, "extra_fields")
+        real = [fields for fields, tag in zip(extra_fields, batch.tags, strict=True) if not is_padding(tag)]
+        require_finite_rewards(real)
+        metrics.update(outcome_metrics(real))
+        if self.run.mask_std_0:
+            skipped, metrics["groups/total"] = zero_variance_groups(batch, extra_fields)
+            metrics["groups/zero_variance"] = len(skipped)
+            if skipped:
+                clear_loss_mask(batch, [row for rows in skipped for row in rows])
+        return batch
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if instantiate(self.config.method).needs_response_seeds:
+            put_response_seeds(batch, self.run.seed, self.global_steps)
+        dump = self.global_steps in self.run.dump_steps
+        batch.extra_info[DUMP_DIR] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump else ""
+        batch = super()._update_actor(batch, metrics)
+        for name in [name for name in metrics if name.removeprefix("actor/").startswith(_OUR_FAMILIES)]:
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        require_finite_gradient(metrics, self.global_steps)
+        return batch
+
+
+def _unsaved(folder: Path, error: Exception) -> OSError:
+    """The error of a checkpoint that could not be written, after what there was of it has been removed."""
+    retention.remove(folder)
+    steps = retention.complete_steps(folder.parent)
+    last = (
+        f"the last complete one is {retention.step_folder(folder.parent, steps[-1])}" if steps else "there is none yet"
+    )
+    reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    disk = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(disk).free / 2**30
+    return OSError(
+        f"the checkpoint {folder} could not be written and was removed ({reason.strip()}); {last}. The disk has "
+        f"{free:.1f} GiB left. Make room (trainer.max_actor_ckpt_to_keep limits what a run keeps), then give the same "
+        "command with run.resume=true"
+    )

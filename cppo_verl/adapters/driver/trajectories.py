@@ -1,0 +1,83 @@
+"""The responses of a step in TransferQueue: their keys, groups and columns."""
+
+from typing import Any, NamedTuple
+
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+
+from cppo_verl.adapters.columns import RESPONSE_SEEDS, TOPK_COLUMNS
+from cppo_verl.adapters.driver.step_metrics import accuracy
+from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
+
+
+class ResponseKey(NamedTuple):
+    """TransferQueue's name of a response: ``{group}_{sample}_{output}``."""
+
+    group: str
+    """verl's uid of the prompt as it was submitted in this step."""
+    sample: int
+    """Number of the response within its group."""
+    output: int
+    """Number of the output within one run of the agent loop; always 0 for a single turn."""
+
+    @classmethod
+    def parse(cls, key: str) -> "ResponseKey":
+        group, sample, output = key.rsplit("_", 2)
+        return cls(group, int(sample), int(output))
+
+
+def is_padding(tag: dict[str, Any]) -> bool:
+    """Whether verl added the row to fill a batch up, as a one-token copy of the first response."""
+    return bool(tag.get("is_padding", False))
+
+
+def column(batch: KVBatchMeta, field: str) -> list[Any]:
+    """A per-row field that is not a tensor, in row order."""
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[field])
+    return [getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value for value in data[field]]
+
+
+def problems_and_samples(batch: KVBatchMeta) -> list[tuple[str, int]]:
+    """(key of the problem, number of the sample) of every row: what a response is, in whatever order it came."""
+    problems = (problem_key(raw_prompt) for raw_prompt in column(batch, "raw_prompt"))
+    return [(problem, ResponseKey.parse(key).sample) for problem, key in zip(problems, batch.keys, strict=True)]
+
+
+def zero_variance_groups(batch: KVBatchMeta, extra_fields: list[dict[str, Any]]) -> tuple[list[list[int]], int]:
+    """Rows of each group whose responses all have the same ``acc`` (padding left out), and the number of all groups."""
+    groups: dict[str, list[int]] = {}
+    for row, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
+        if not is_padding(tag):
+            groups.setdefault(ResponseKey.parse(key).group, []).append(row)
+    scores = [accuracy(fields) for fields in extra_fields]
+    return [rows for rows in groups.values() if len({scores[row] for row in rows}) == 1], len(groups)
+
+
+def clear_loss_mask(batch: KVBatchMeta, rows: list[int]) -> None:
+    """Take rows out of the loss and of the token metrics; ``response_mask`` stays, verl's length metrics read it."""
+    keys = [batch.keys[row] for row in rows]
+    mask = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["loss_mask"])["loss_mask"]
+    cleared = torch.nested.as_nested_tensor([torch.zeros_like(row) for row in mask.unbind()], layout=torch.jagged)
+    fields = TensorDict({"loss_mask": cleared}, batch_size=len(keys))
+    tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
+
+
+def shorten_padding_rows(batch: KVBatchMeta) -> None:
+    """verl's padding rows have one token, but whole copies of the fields that verl does not know."""
+    keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if is_padding(tag)]
+    if not keys:
+        return
+    stored = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(TOPK_COLUMNS))
+    shortened = {name: torch.stack([row[:1] for row in stored[name].unbind()]) for name in TOPK_COLUMNS}
+    tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(shortened, batch_size=len(keys)))
+
+
+def put_response_seeds(batch: KVBatchMeta, run_seed: int, step: int) -> None:
+    """One seed per response, so that shuffled weights depend on neither micro-batch nor order."""
+    seeds = [response_seed(run_seed, step, problem, sample) for problem, sample in problems_and_samples(batch)]
+    fields = TensorDict({RESPONSE_SEEDS: torch.tensor(seeds).unsqueeze(-1)}, batch_size=len(seeds))
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+    if batch.fields is not None:  # what the workers will fetch; None would mean everything
+        batch.fields = [*batch.fields, RESPONSE_SEEDS]

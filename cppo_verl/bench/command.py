@@ -1,0 +1,63 @@
+"""``cppo bench``: compose a run that swaps variants, train it, show the ratios."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from cppo_verl.bench.figures import summarize
+from cppo_verl.bench.variants import OURS
+from cppo_verl.config.compose import compose, run_folder
+from cppo_verl.config.validate import validate
+from cppo_verl.problems import ConfigError
+from cppo_verl.training.launcher import launch
+
+
+def bench(overrides: list[str], rounds: int, against: list[str], vocabulary: int | None) -> int:
+    """Train ``rounds`` rounds of one step of each variant; returns the exit status.
+
+    Args:
+        overrides: Hydra's, as for ``cppo train``.
+        against: variants other than ours.
+        vocabulary: use a tiny random model with this many tokens.
+    """
+    if rounds < 2:
+        raise ConfigError("--rounds must be 2 or more; an interval needs at least two")
+    variants = [OURS, *against]
+    fixed = [
+        "trainer.val_before_train=false",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+        f"trainer.total_training_steps={len(variants) * (rounds + 1)}",
+        f"+bench.rounds={rounds}",
+        f"+bench.variants=[{','.join(variants)}]",
+        "+bench.divergence=null",
+        "+bench.binary=null",
+    ]
+    if vocabulary is not None:
+        folder, megabytes = _wide_model(vocabulary)
+        bucket = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+        fixed += [f"actor_rollout_ref.model.path={folder}", f"{bucket}={megabytes}"]
+    config = compose([*overrides, *fixed])
+    validate(config)
+    # Taken out of the divergence node, which a step of the "binary" variant replaces.
+    config.bench.divergence = OmegaConf.to_container(config.divergence, resolve=True)
+    config.bench.binary = OmegaConf.to_container(compose(["divergence=binary_tv"]).divergence, resolve=True)
+    command = ["cppo", "bench", "--rounds", str(rounds), "--against", *against]
+    command += [] if vocabulary is None else ["--vocabulary", str(vocabulary)]
+    status = launch(config, [*command, "--", *overrides], module="cppo_verl.bench.rounds")
+    for name, text in summarize(run_folder(config)) if status == 0 else ():
+        print(f"{name:<32} {text}")
+    return status
+
+
+def _wide_model(vocabulary: int) -> tuple[Path, int]:
+    """The quickstart's model with random weights and ``vocabulary`` tokens, made once, and its embedding's MiB + 1."""
+    from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
+
+    folder = Path(f"runs/bench-model-{vocabulary}").absolute()
+    shape = ModelShape(vocabulary=vocabulary)
+    if not (folder / "tokenizer_config.json").exists():  # written last: an interrupted build is made again
+        tokenizer = build_tokenizer(shape)
+        build_model(shape, tokenizer, seed=0).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder, 4 * vocabulary * shape.hidden_size // 2**20 + 1

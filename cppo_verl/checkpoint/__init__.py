@@ -1,0 +1,1 @@
+"""Checkpoints: which are complete and kept, which one is meant, how one becomes a Hugging Face folder."""

@@ -1,0 +1,1 @@
+"""The settings of a run: composed by Hydra from configs/, and checked before Ray starts."""

@@ -1,0 +1,187 @@
+"""Whether the model, the data and the reward function are there and can be read."""
+
+import ast
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+from cppo_verl.problems import Problem, about
+
+
+def check_model(config: DictConfig) -> Iterator[Problem]:
+    """A Hugging Face folder, or a hub id that can be fetched."""
+    model = config.actor_rollout_ref.model
+    if model.path is None:
+        yield about("actor_rollout_ref.model.path", " is not set: give a Hugging Face folder or hub id")
+        return
+    path = Path(model.path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            yield about(
+                "actor_rollout_ref.model.path", f"={model.path} has no config.json: not a Hugging Face model folder"
+            )
+    elif path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
+        yield about("actor_rollout_ref.model.path", f"={model.path} does not exist", only_here=True)
+    elif os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(model.path):
+        yield about(
+            "actor_rollout_ref.model.path",
+            f"={model.path} is not in the local hub cache, and HF_HUB_OFFLINE=1",
+            only_here=True,
+        )
+
+
+def check_megatron(config: DictConfig) -> Iterator[Problem]:
+    """Megatron-core, which set-up does not install."""
+    if config.actor_rollout_ref.actor.strategy == "megatron" and not _importable("megatron.core"):
+        yield about(
+            "actor_rollout_ref.actor.strategy",
+            "=megatron: Megatron-core is not installed, and scripts/setup.sh does not "
+            "install it: build docker/Dockerfile on an image that has it (docs/cluster.md)",
+            only_here=True,
+        )
+
+
+def _in_hub_cache(repository: str) -> bool:
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
+        os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")), "hub"
+    )
+    return Path(cache, f"models--{repository.replace('/', '--')}").is_dir()
+
+
+def check_data(config: DictConfig) -> Iterator[Problem]:
+    """Every training and validation file, and enough problems for a batch."""
+    for key, needed in (("train_files", config.data.train_batch_size), ("val_files", 1)):
+        if config.data[key] is None:
+            yield about(f"data.{key}", " is not set: give a parquet file or a list of them")
+            continue
+        files = config.data[key]
+        files = list(files) if isinstance(files, ListConfig) else [files]
+        if not files:
+            yield about(f"data.{key}", " is an empty list: give a parquet file or a list of them")
+        rows, long = 0, 0
+        for file in files:
+            if "://" in str(file):  # a remote file system, which verl reads itself
+                rows = 1 << 60
+                continue
+            problem, count = inspect_data_file(Path(file), config.data.prompt_key)
+            rows += count
+            if problem:
+                absent = not Path(file).exists()
+                hint = "; cppo prepare makes data files" if absent else ""
+                yield Problem("data file", f"data.{key}: {file} {problem}{hint}", only_here=absent)
+            elif count < 1 << 60 and isinstance(needed, int):
+                long += _too_long(Path(file), config, needed)
+        if rows and isinstance(needed, int) and rows < needed:
+            yield about(f"data.{key}", f" holds {rows} problems, fewer than one batch (data.train_batch_size={needed})")
+        elif long and isinstance(needed, int) and rows - long < needed:
+            yield about(
+                f"data.{key}",
+                f": {long} of {rows} prompts have more tokens than data.max_prompt_length="
+                f"{config.data.max_prompt_length} and are left out, so fewer than {needed} remain; give a longer one",
+            )
+
+
+def _too_long(file: Path, config: DictConfig, enough: int) -> int:
+    """Prompts of over data.max_prompt_length tokens, without the chat template; 0 where that cannot be told here.
+
+    Args:
+        enough: shorter ones after which the rest is not looked at.
+    """
+    path = config.actor_rollout_ref.model.path
+    tokenizer_file = Path(path).expanduser() / "tokenizer.json" if path else None
+    if tokenizer_file is None or not tokenizer_file.is_file() or not config.data.filter_overlong_prompts:
+        return 0
+    import pyarrow.parquet as parquet
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception:  # the library's own kind
+        return 0
+    key, long, short = config.data.prompt_key, 0, 0
+    for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=[key]):
+        for prompt in batch.to_pydict()[key]:
+            contents = (message.get("content") for message in prompt or ())
+            text = "".join(content for content in contents if isinstance(content, str))
+            # One at a time: encode_batch starts threads, of which the library warns when the launcher forks.
+            is_long = len(tokenizer.encode(text, add_special_tokens=False).ids) > config.data.max_prompt_length
+            long, short = long + is_long, short + (not is_long)
+            if short >= enough:
+                return long
+    return long
+
+
+def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
+    """(what is wrong or None, number of rows) of one verl data file; only parquet is looked into."""
+    if not path.is_file():
+        return "does not exist", 0
+    if path.suffix != ".parquet":
+        return None, 1 << 60  # verl reads json too; its own loader reports what is wrong there
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        columns = set(file.schema_arrow.names)
+        missing = {prompt_key, "data_source", "reward_model"} - columns
+        if missing:
+            return f"lacks the column {', '.join(sorted(missing))} (it has {', '.join(sorted(columns))})", 0
+        if "agent_name" in columns:
+            return "has a column agent_name, which would replace our agent loop; leave it out", 0
+        count = file.metadata.num_rows
+        if not count:
+            return "is empty", 0
+        first = next(file.iter_batches(batch_size=1)).to_pylist()[0]
+    except (pyarrow.ArrowException, OSError) as error:
+        return f"is not a readable parquet file: {error}", 0
+    if not isinstance(first[prompt_key], list) or "content" not in (first[prompt_key][0] or {}):
+        return f"has a {prompt_key} that is not a list of chat messages with role and content", 0
+    if "ground_truth" not in (first["reward_model"] or {}):
+        return "has a reward_model without ground_truth", 0
+    return None, count
+
+
+def check_reward(config: DictConfig) -> Iterator[Problem]:
+    """The reward function, without running it, and the overlong buffer."""
+    key, path = "reward.custom_reward_function", config.reward.custom_reward_function.path
+    if path is None:
+        yield about(
+            f"{key}.path", " is not set: give a file with a reward function, or leave it at pkg://cppo_verl.grading"
+        )
+    elif path.startswith("pkg://"):
+        module = path.removeprefix("pkg://").replace("/", ".")
+        if not _importable(module):
+            yield about(f"{key}.path", f"={path}: there is no module {module}")
+    elif not Path(path.removeprefix("file://")).is_file():
+        yield about(f"{key}.path", f"={path} does not exist")
+    else:
+        yield from _check_reward_file(Path(path.removeprefix("file://")), config.reward.custom_reward_function.name)
+    overlong, longest = config.reward.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
+    if overlong.enable and not 0 < overlong.len <= longest:
+        yield about(
+            "reward.reward_kwargs.overlong_buffer_cfg.len",
+            f"={overlong.len} must be between 1 and data.max_response_length={longest}",
+        )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def _check_reward_file(path: Path, name: str) -> Iterator[Problem]:
+    """Read, not run: the function may need what only the reward workers have."""
+    try:
+        text = path.read_text()
+        ast.parse(text, str(path))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        yield about("reward.custom_reward_function.path", f"={path} is not Python: {error}")
+        return
+    if not re.search(rf"\b{re.escape(name)}\b", text):
+        yield about("reward.custom_reward_function.name", f"={name}: {path} does not define it")

@@ -1,0 +1,280 @@
+"""Whether the method, the divergence, verl's modes, the rollout and the engine fit each other."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cppo_verl.methods import MEASURES
+from cppo_verl.problems import Problem, about
+
+
+def check_method(config: DictConfig) -> Iterator[Problem]:
+    """The method's class, its fields and their types, its own checks; KL thresholds on a total variation."""
+    settings = {name: value for name, value in config.method.items() if name != "_target_"}
+    target = config.method.get("_target_")
+    try:
+        method = get_class(str(target))
+    except Exception as error:  # of the module, which may be anybody's
+        yield about("method._target_", f"={target} cannot be imported: {str(error).splitlines()[0]}")
+        return
+    if not is_dataclass(method):
+        yield about("method._target_", f"={target} is not a dataclass of settings (docs/adding_a_method.md)")
+        return
+    try:
+        schema = OmegaConf.structured(method)
+        OmegaConf.set_readonly(schema, False)
+        OmegaConf.to_object(OmegaConf.merge(schema, settings))
+    except OmegaConfBaseException as error:  # a value of the wrong type
+        yield about(f"method.{error.full_key}", f": {str(error).splitlines()[0]}")
+    except ValueError as error:  # the method's own check
+        yield Problem("method", str(error))
+    if config.method.get("allow_tv") is False and config.divergence.kind != "kl":
+        yield about(
+            "divergence",
+            f"={config.divergence.name}: {config.method.name} is defined on a KL divergence; "
+            "use divergence=topk_kl, or method.allow_tv=true to go on with its KL thresholds on a total variation",
+        )
+
+
+def check_divergence(config: DictConfig) -> Iterator[Problem]:
+    """Whether the Top-K log-probabilities can be had: from vLLM, and in the actor from verl's logits hook."""
+    name, k = config.divergence.name, config.divergence.k
+    if name not in MEASURES:
+        yield about("divergence.name", f"={name}: choose one of {', '.join(MEASURES)} by divergence=")
+        return
+    over_topk = MEASURES[name].over_topk
+    if not isinstance(k, int) or (k < 1 if over_topk else k != 0):
+        yield about("divergence.k", f"={k}: {name} needs " + ("a number of tokens, 1 or more" if over_topk else "k=0"))
+        return
+    if not over_topk:
+        return
+    if config.divergence.log_prob_dtype not in ("float32", "float16"):
+        yield about("divergence.log_prob_dtype", f"={config.divergence.log_prob_dtype}: use float32 or float16")
+    instead = "or choose divergence=binary_tv, which does not look at the logits"
+    actor, model, rollout = (config.actor_rollout_ref[part] for part in ("actor", "model", "rollout"))
+    vocabulary = _vocabulary_size(model.path)
+    if vocabulary is not None and k > vocabulary:
+        yield about(
+            "divergence.k", f"={k}: the vocabulary of actor_rollout_ref.model.path has only {vocabulary} tokens"
+        )
+    if model.use_fused_kernels:
+        yield about(
+            "actor_rollout_ref.model.use_fused_kernels",
+            f"=true: fused kernels never form the logits that divergence={name} reads; set false, {instead}",
+        )
+    engine = actor.megatron if actor.strategy == "megatron" else actor.fsdp_config
+    if actor.get("pad_to_length", False) or engine.get("pad_to_length", False):
+        yield about(
+            "pad_to_length", f"=true: verl's engine refuses it where the loss reads the logits; set false, {instead}"
+        )
+    if actor.strategy not in ("fsdp", "fsdp2", "megatron"):
+        yield about("actor_rollout_ref.actor.strategy", f"={actor.strategy}: use fsdp2, fsdp or megatron, {instead}")
+    if actor.strategy == "megatron" and engine.get("dynamic_context_parallel", False):
+        yield about("actor_rollout_ref.actor.megatron.dynamic_context_parallel", f"=true: set false, {instead}")
+    if actor.strategy == "megatron" and (engine.get("override_transformer_config") or {}).get("fp8"):
+        yield about("actor_rollout_ref.actor.megatron.override_transformer_config.fp8", f": switch it off, {instead}")
+    if rollout.get("disaggregation", {}).get("enabled", False):
+        yield about("actor_rollout_ref.rollout.disaggregation.enabled", f"=true: set false, {instead}")
+    limit = rollout.engine_kwargs.vllm.get("max_logprobs")
+    if limit != -1 and (20 if limit is None else limit) < k:  # 20: vLLM's own default
+        yield about(
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs",
+            f"={limit} is less than divergence.k={k}; leave it alone, it follows divergence.k",
+        )
+
+
+def _vocabulary_size(path: str | None) -> int | None:
+    """Of a local model folder; None where it cannot be told before loading."""
+    file = Path(path).expanduser() / "config.json" if path else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        size = json.loads(file.read_text()).get("vocab_size")
+    except (OSError, ValueError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def check_verl_mode(config: DictConfig) -> Iterator[Problem]:
+    """What verl can do and a trust region around the rollout's policy cannot go with."""
+    actor = config.actor_rollout_ref.actor
+    if not config.trainer.use_v1:
+        yield about(
+            "trainer.use_v1", "=false: verl's V0 trainer replaces the policy loss; only the V1 trainer is supported"
+        )
+    if config.trainer.v1.trainer_mode != "sync":
+        yield about("trainer.v1.trainer_mode", f"={config.trainer.v1.trainer_mode}: only sync is supported")
+    if not config.algorithm.rollout_correction.bypass_mode:
+        yield about(
+            "algorithm.rollout_correction.bypass_mode",
+            "=false: the trust region is anchored to the rollout's own log-probabilities; leave it true",
+        )
+    if config.algorithm.adv_estimator != "grpo":
+        yield about(
+            "algorithm.adv_estimator", f"={config.algorithm.adv_estimator}: advantages are group-relative; use grpo"
+        )
+    if actor.policy_loss.get("_target_") != "cppo_verl.adapters.actor.loss.TrustRegionConfig":
+        yield about("actor_rollout_ref.actor.policy_loss._target_", " was changed; choose the loss by method= instead")
+    if actor.get("grad_clip", 1.0) != 1.0:
+        yield about(
+            "actor_rollout_ref.actor.grad_clip",
+            " is not read by verl's engine; set actor_rollout_ref.actor.optim.clip_grad",
+        )
+    if config.get("distillation", {}).get("enabled", False):
+        yield about("distillation.enabled", "=true: verl's distillation replaces the policy loss; set false")
+    if any(value is not None for value in config.custom_reward_function.values()):
+        yield about(
+            "custom_reward_function", ".* is ignored by verl 0.9.1; set reward.custom_reward_function.* instead"
+        )
+
+
+def check_rollout(config: DictConfig) -> Iterator[Problem]:
+    """Whether log mu will be that of the policy which sampled, and a group has an advantage."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name != "vllm":
+        yield about("actor_rollout_ref.rollout.name", f"={rollout.name}: only vllm is supported")
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        yield about(
+            "actor_rollout_ref.rollout.top_p",
+            f"={rollout.top_p}, top_k={rollout.top_k}: training samples must come from "
+            "the whole softmax, or log mu is not the policy's; use top_p=1.0 top_k=-1 (validation: val_kwargs)",
+        )
+    if not rollout.calculate_log_probs:
+        yield about(
+            "actor_rollout_ref.rollout.calculate_log_probs", "=false: its log-probabilities are needed; set true"
+        )
+    if rollout.logprobs_mode != "processed_logprobs":
+        yield about("actor_rollout_ref.rollout.logprobs_mode", f"={rollout.logprobs_mode}: must be processed_logprobs")
+    if rollout.agent.default_agent_loop != "cppo_single_turn":
+        yield about(
+            "actor_rollout_ref.rollout.agent.default_agent_loop",
+            f"={rollout.agent.default_agent_loop}: only cppo_single_turn asks for what the trust region needs",
+        )
+    if not_positive(rollout.n) or rollout.n is None or rollout.n < 2:
+        yield about(
+            "actor_rollout_ref.rollout.n", f"={rollout.n}: a group of one has no relative advantage; use 2 or more"
+        )
+
+
+def check_engine(config: DictConfig) -> Iterator[Problem]:
+    """The actor's engine on this platform, and the sizes of batch, minibatch and micro-batch."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    on_cpu = config.trainer.device == "cpu"
+    if on_cpu and model.use_fused_kernels:
+        yield about("actor_rollout_ref.model.use_fused_kernels", "=true: fused kernels need a GPU; set false")
+    if actor.get("pad_to_length", False) and not model.use_remove_padding:
+        yield about(
+            "actor_rollout_ref.actor.pad_to_length",
+            "=true pads packed sequences; it needs model.use_remove_padding=true",
+        )
+    if on_cpu and actor.strategy != "fsdp2":
+        yield about("actor_rollout_ref.actor.strategy", f"={actor.strategy}: on the CPU only fsdp2 runs")
+    sizes = {
+        "data.train_batch_size": config.data.train_batch_size,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": actor.ppo_mini_batch_size,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.ppo_micro_batch_size_per_gpu,
+    }
+    optional = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    wrong = [
+        about(name, f" must be a positive number; got {size}")
+        for name, size in sizes.items()
+        if not_positive(size) or (size is None and name != optional)
+    ]
+    if wrong:
+        yield from wrong
+        return
+    if config.data.train_batch_size % actor.ppo_mini_batch_size:
+        yield about(
+            "data.train_batch_size",
+            f"={config.data.train_batch_size} must be a multiple of "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (both count prompts)",
+        )
+    yield from _check_micro_batch(config)
+
+
+def not_positive(size: Any) -> bool:
+    """A value that is set, and no count of 1 or more."""
+    return size is not None and (not isinstance(size, int) or size < 1)
+
+
+def _check_micro_batch(config: DictConfig) -> Iterator[Problem]:
+    """verl splits a rank's share of a minibatch into equal micro-batches, or fails in the first update."""
+    actor = config.actor_rollout_ref.actor
+    micro = actor.ppo_micro_batch_size_per_gpu
+    if actor.use_dynamic_bsz:
+        return
+    if micro is None:
+        yield about(
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+            " is not set (responses per forward pass); give a number, or actor_rollout_ref.actor.use_dynamic_bsz=true",
+        )
+        return
+    responses, ranks = _minibatch(config)
+    if ranks and responses % ranks == 0 and responses % (ranks * micro):
+        yield about(
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+            f"={micro} must divide the {responses} responses of a "
+            f"minibatch (ppo_mini_batch_size x rollout.n) spread over {ranks} data-parallel ranks",
+        )
+
+
+def check_parallelism(config: DictConfig) -> Iterator[Problem]:
+    """How the GPUs are divided: what verl or Megatron would refuse after the cluster has started."""
+    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
+    devices, split = trainer.nnodes * trainer.n_gpus_per_node, _model_parallel_size(config)
+    given = f"trainer.nnodes x trainer.n_gpus_per_node = {devices}"
+    if devices < split:
+        yield Problem(
+            "trainer.nnodes",
+            f"{given} is less than one copy of the model takes ({split}: tensor, pipeline, context and sequence "
+            "parallelism)",
+        )
+    elif devices % split:
+        yield Problem(
+            "trainer.nnodes",
+            f"{given} is not a multiple of the {split} of tensor, pipeline, context and sequence parallelism",
+        )
+    tensor = rollout.tensor_model_parallel_size
+    replica = tensor * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
+    if devices % replica:
+        yield about(
+            "actor_rollout_ref.rollout.tensor_model_parallel_size",
+            f"={tensor}: {given} is not a multiple of a vLLM "
+            f"replica's {replica} (tensor, data and pipeline parallelism)",
+        )
+    if actor.strategy == "megatron" and (experts := actor.megatron.expert_model_parallel_size) > 1:
+        tensor = actor.megatron.expert_tensor_parallel_size or actor.megatron.tensor_model_parallel_size
+        if devices % (over := experts * tensor * actor.megatron.pipeline_model_parallel_size):
+            yield about(
+                "actor_rollout_ref.actor.megatron.expert_model_parallel_size",
+                f"={experts}: {given} is not a multiple of "
+                f"the {over} of expert, expert-tensor and pipeline parallelism",
+            )
+    responses, ranks = _minibatch(config)
+    if ranks and responses % ranks:
+        yield about(
+            "actor_rollout_ref.actor.ppo_mini_batch_size",
+            f"={actor.ppo_mini_batch_size}: its {responses} responses "
+            f"cannot be divided over {ranks} data-parallel ranks",
+        )
+
+
+def _minibatch(config: DictConfig) -> tuple[int, int]:
+    """(responses of a minibatch, data-parallel ranks they are spread over: 0 where the GPUs are not enough for one)."""
+    devices = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    responses = config.actor_rollout_ref.actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    return responses, devices // _model_parallel_size(config)
+
+
+def _model_parallel_size(config: DictConfig) -> int:
+    actor = config.actor_rollout_ref.actor
+    if actor.strategy == "megatron":
+        split = actor.megatron
+        return int(split.tensor_model_parallel_size * split.pipeline_model_parallel_size * split.context_parallel_size)
+    return int(max(actor.get("ulysses_sequence_parallel_size", 1), actor.fsdp_config.ulysses_sequence_parallel_size))

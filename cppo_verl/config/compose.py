@@ -1,0 +1,141 @@
+"""Composing the configuration of ``cppo train`` from configs/, verl's own defaults and the command line."""
+
+import importlib.util
+import re
+import time
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cppo_verl.checkpoint import retention
+from cppo_verl.problems import ConfigError
+from cppo_verl.run.folder import CONFIG
+from cppo_verl.run.machine import has_gpu
+
+GROUPS = ("method", "divergence", "platform", "recipe")
+
+
+def config_dir() -> Path:
+    """The folder of our Hydra configs: inside an installed package, or ``configs/`` of the checkout."""
+    package = Path(__file__).parents[1]
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Compose ``configs/train.yaml`` with command-line overrides. Raises ConfigError with Hydra's reason."""
+    for override in overrides:
+        _check_choice(override)
+    chosen = list(overrides)
+    if not any(override.startswith("platform=") for override in overrides):
+        recipes = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
+        # Every other recipe is for GPUs, wherever it is planned.
+        on_any = not recipes or recipes[-1] in ("quickstart", "null")
+        chosen.append(f"platform={'gpu' if has_gpu() or not on_any else 'cpu'}")
+    # The same folder as pkg://verl.trainer.config, found without importing verl (5 s).
+    chosen.append(f"hydra.searchpath=['file://{verl_config_dir()}']")
+    try:
+        with initialize_config_dir(str(config_dir()), version_base=None):
+            config = hydra_compose("train", overrides=chosen)
+        _fill_in_run(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        unknown = re.match(r"Could not override '([^']+)'", str(error))
+        raise ConfigError(_no_such_setting(unknown[1], chosen) if unknown else str(error)) from None
+    return config
+
+
+def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
+    """What Hydra says of an unknown key ends in advice to append it, which hides the mistyped name."""
+    groups = [override for override in overrides if override.partition("=")[0] in (*GROUPS, "hydra.searchpath")]
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        config = hydra_compose("train", overrides=groups)
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    siblings = [str(child) for child in node] if isinstance(node, DictConfig) else []
+    prefix = f"{parent}." if parent else ""
+    near = [] if parent in GROUPS else [path for path in _paths(config) if path.rpartition(".")[2] == name]
+    near += [prefix + found for found in get_close_matches(name, {*siblings, *(() if parent else GROUPS)})]
+    text = f"{key}: there is no such setting"
+    if near:
+        text += f", did you mean {' or '.join(near[:3])}?"
+    if parent == "method":
+        text += f"; method={config.method.name} has {', '.join(child for child in siblings if child[0] != '_')}"
+    elif parent.partition(".")[0] in ("actor_rollout_ref", "data", "reward"):
+        text += f" (+{key}=... adds a key that verl may read)"
+    return text
+
+
+def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings, outer ones first."""
+    inner = [(prefix + str(name), node._get_node(name)) for name in node]
+    yield from (path for path, _ in inner)
+    for path, child in inner:
+        if isinstance(child, DictConfig):
+            yield from _paths(child, f"{path}.")
+
+
+def choices(group: str) -> list[str]:
+    """Names that ``group=`` accepts."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def run_folder(config: DictConfig) -> Path:
+    return Path(config.run.dir) / str(config.run.name)
+
+
+def _check_choice(override: str) -> None:
+    group, separator, value = override.partition("=")
+    if group.lstrip("+") == "hydra.searchpath":
+        raise ConfigError(
+            "hydra.searchpath: the path to verl's settings stands there; give a file's settings as overrides"
+        )
+    if separator and group in GROUPS and value not in choices(group):
+        raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(choices(group))}")
+
+
+def verl_config_dir() -> Path:
+    spec = importlib.util.find_spec("verl")
+    if spec is None or spec.origin is None:
+        raise ConfigError("verl is not installed; run scripts/setup.sh")
+    return Path(spec.origin).parent / "trainer" / "config"
+
+
+def _fill_in_run(config: DictConfig) -> None:
+    """Absolute folders (Ray workers may start elsewhere), a default name, and verl's resume keys."""
+    if not isinstance(config.run.dir, str):
+        raise ConfigError(f"run.dir={config.run.dir}: give a folder")
+    config.run.dir = str(Path(config.run.dir).expanduser().absolute())
+    if config.run.name is None:
+        config.run.name = f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if config.run.resume == "auto":
+        config.run.resume = (run_folder(config) / CONFIG).exists()
+    trainer = config.trainer
+    if trainer.resume_mode == "auto":  # verl would take the folder that it began last, complete or not
+        trainer.resume_mode = "disable"
+    steps = retention.complete_steps(trainer.default_local_dir) if config.run.resume else []
+    if steps and trainer.resume_mode == "disable":
+        trainer.resume_mode = "resume_path"
+        trainer.resume_from_path = str(retention.step_folder(trainer.default_local_dir, steps[-1]))
+    if isinstance(trainer.resume_from_path, str):
+        trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/")
+    model = config.actor_rollout_ref.model
+    if model.path is not None and Path(model.path).expanduser().exists():
+        model.path = str(Path(model.path).expanduser().absolute())
+    reward = config.reward.custom_reward_function
+    if reward.path is not None and not reward.path.startswith("pkg://"):
+        reward.path = _absolute(reward.path)
+    for key in ("train_files", "val_files"):
+        files = config.data[key]
+        if isinstance(files, ListConfig):
+            config.data[key] = [_absolute(file) for file in files]
+        elif files is not None:
+            config.data[key] = _absolute(files)
+
+
+def _absolute(file: str) -> str:
+    return file if "://" in file else str(Path(file).expanduser().absolute())

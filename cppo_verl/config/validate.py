@@ -1,0 +1,55 @@
+"""Checks of a composed configuration: what cannot work is named before Ray starts or verl is imported."""
+
+from collections.abc import Callable, Iterator
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from cppo_verl.adapters import compat
+from cppo_verl.config import check_files, check_run, check_settings
+from cppo_verl.problems import ConfigError, Problem
+
+
+def validate(config: DictConfig, planned: bool = False) -> list[Problem]:
+    """Raise ConfigError listing every problem found. Imports torch (to build the method), never verl or Ray.
+
+    Args:
+        planned: the run is for another machine; files that are absent here are returned instead.
+    """
+    problems: list[Problem] = []
+    for check in _CHECKS:
+        try:
+            problems += check(config)
+        except (OmegaConfBaseException, TypeError) as error:  # a value of a type that cannot be compared, e.g. null
+            text = f"a setting has a value of the wrong type: {str(error).splitlines()[0]}"
+            problems.append(Problem(getattr(error, "full_key", None) or "settings", text))
+    problems = list(dict.fromkeys(problems))
+    refusing = [problem for problem in problems if not (planned and problem.only_here)]
+    if refusing:
+        raise ConfigError.of(refusing)
+    return problems
+
+
+def _check_versions(config: DictConfig) -> Iterator[Problem]:
+    try:
+        compat.check_verl_version()
+    except compat.IncompatibleError as error:
+        yield Problem("versions", str(error))
+
+
+_CHECKS: tuple[Callable[[DictConfig], Iterator[Problem]], ...] = (
+    _check_versions,
+    check_settings.check_method,
+    check_settings.check_divergence,
+    check_settings.check_verl_mode,
+    check_settings.check_rollout,
+    check_settings.check_engine,
+    check_settings.check_parallelism,
+    check_files.check_model,
+    check_files.check_megatron,
+    check_files.check_data,
+    check_files.check_reward,
+    check_run.check_run,
+    check_run.check_checkpoints,
+    check_run.check_logger,
+)

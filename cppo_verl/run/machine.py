@@ -1,0 +1,35 @@
+"""Facts of this machine: what computes here."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, without importing torch."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
+
+
+def gpus() -> list[str]:
+    """Name and memory of each, by nvidia-smi."""
+    names = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    return names.splitlines() if names else []
+
+
+def cpu_name() -> str:
+    """As the kernel calls it."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def output_of(*command: str, folder: Path | None = None) -> str | None:
+    """What a short command prints; None where it fails, is absent or takes 20 s."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=folder)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""``cppo train``: launcher, display, summary and plots of a run."""

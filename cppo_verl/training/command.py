@@ -1,0 +1,52 @@
+"""``cppo train`` and ``cppo plot``."""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cppo_verl.config.compose import compose
+from cppo_verl.config.validate import validate
+from cppo_verl.problems import ConfigError
+from cppo_verl.run.log import METRICS
+
+
+def train(overrides: list[str], dry_run: bool) -> int:
+    """Compose, check and run; with ``dry_run`` describe, for whatever machine it is meant. Returns the exit status."""
+    config = compose(overrides)
+    for absent in validate(config, planned=dry_run):
+        print(f"cppo train: not on this machine: {absent.text}", file=sys.stderr)
+    if dry_run:
+        _describe(config)
+        return 0
+    from cppo_verl.training.launcher import launch
+
+    return launch(config, ["cppo", "train", *overrides])
+
+
+def _describe(config: DictConfig) -> None:
+    """On a terminal without the configuration; in a file or pipe as comments around it."""
+    from cppo_verl.dry_run import describe
+
+    text = OmegaConf.to_yaml(config, resolve=True)
+    terminal = sys.stdout.isatty()
+    lines, cautions = describe(config)
+    for line in lines:
+        print(line if terminal else f"# {line}")
+    print(f"the resolved configuration, {text.count(chr(10))} lines of YAML: add > FILE" if terminal else text)
+    for caution in () if terminal else cautions:
+        print(f"# warning: {caution}", file=sys.stderr)
+    warned = f", {len(cautions)} warning{'s' * (len(cautions) > 1)}" if cautions else ""
+    checked = f"{config.method.name} over {config.divergence.name}{warned}"
+    print(f"# checked: {checked}; nothing was started", file=sys.stderr)
+
+
+def plot(folder: Path) -> int:
+    """Draw the plots of a run folder and print their paths."""
+    from cppo_verl.training.plots import plot_run
+
+    if not (folder / METRICS).exists():
+        raise ConfigError(f"{folder} is not a run folder (no {METRICS})")
+    for path in plot_run(folder):
+        print(path)
+    return 0
