@@ -1,12 +1,15 @@
-"""verl's FSDP2 engine with our loss on one fixed batch, without Ray: ``python engine.py CONFIG OUT RANK WORLD PORT``.
+"""verl's FSDP2 engine with our loss on one fixed batch, without Ray: ``python engine.py RANK WORLD PORT FOLDER...``.
+
+Each FOLDER holds a config.yaml; they are worked off one after the other in one process.
 
 The learning rate is 0, so that every update starts from the same weights. One JSON line per update; what the updates
-are to be compared with - the full distributions - goes to OUT.truth, verl's checkpoint to OUT.checkpoints.
+are to be compared with - the full distributions - goes to FOLDER/truth, verl's checkpoint to FOLDER/checkpoints.
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
@@ -102,7 +105,25 @@ def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False):
     return tu.get(worker.train_mini_batch(batch), "metrics")
 
 
-def main(config_file, out, rank, world, port):
+def updates(folder, rank, world):
+    """Every size of micro-batch, each from the same weights."""
+    config = OmegaConf.load(folder / "config.yaml")
+    worker = build_worker(config)
+    rows = fixed_rows(config.actor_rollout_ref.model.path, config.divergence.k or 20)
+    torch.save(rows, folder / "truth")
+    share = slice(rank, None, world)
+    batch = batch_of(rows[share], torch.arange(RESPONSES)[share])
+    sizes = {1: "", 4: "", len(batch): f"{folder}/dump"}
+    with open(folder / f"updates.{rank}", "w") as file:
+        for size, dump in [*sizes.items(), ("dynamic", f"{folder}/dump-dynamic")]:
+            dynamic = size == "dynamic"
+            metrics = update(worker, batch, None if dynamic else size, dump, dynamic)
+            plain = {name: torch.tensor(value).double().mean().item() for name, value in metrics.items()}
+            file.write(json.dumps({"micro_batch_size": size, **plain}) + "\n")
+    worker.save_checkpoint(f"{folder}/checkpoints/global_step_4/actor")
+
+
+def main(rank, world, port, *folders):
     os.environ |= {
         "RANK": rank,
         "WORLD_SIZE": world,
@@ -113,20 +134,8 @@ def main(config_file, out, rank, world, port):
         "VERL_PLATFORM": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    config = OmegaConf.load(config_file)
-    worker = build_worker(config)
-    rows = fixed_rows(config.actor_rollout_ref.model.path, config.divergence.k or 20)
-    torch.save(rows, f"{out}.truth")
-    share = slice(int(rank), None, int(world))
-    batch = batch_of(rows[share], torch.arange(RESPONSES)[share])
-    sizes = {1: "", 4: "", len(batch): f"{out}.dump"}
-    with open(f"{out}.{rank}", "w") as file:
-        for size, dump in [*sizes.items(), ("dynamic", f"{out}.dump-dynamic")]:
-            dynamic = size == "dynamic"
-            metrics = update(worker, batch, None if dynamic else size, dump, dynamic)
-            plain = {name: torch.tensor(value).double().mean().item() for name, value in metrics.items()}
-            file.write(json.dumps({"micro_batch_size": size, **plain}) + "\n")
-    worker.save_checkpoint(f"{out}.checkpoints/global_step_4/actor")
+    for folder in folders:
+        updates(Path(folder), int(rank), int(world))
 
 
 if __name__ == "__main__":

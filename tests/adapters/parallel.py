@@ -1,4 +1,4 @@
-"""One rank of divided logits: ``parallel.py ulysses SP`` or ``parallel.py megatron TP CP`` (RANK, WORLD_SIZE set)."""
+"""One rank of divided logits: ``parallel.py LAYOUT...``, ulysses or TPxCP as in 2x1 (RANK, WORLD_SIZE set)."""
 
 import sys
 
@@ -10,12 +10,12 @@ from cppo_verl.adapters.actor.topk import TopKLogits
 LENGTHS = [5, 1, 9, 3, 7]
 
 
-def by_ulysses(logits, data, size):
+def by_ulysses(logits):
     from verl.utils.ulysses import set_ulysses_sequence_parallel_group, slice_input_tensor
 
     set_ulysses_sequence_parallel_group(torch.distributed.group.WORLD)
-    assert torch.distributed.get_world_size() == size
     yield slice_input_tensor(logits.unsqueeze(0), dim=1), None
+    set_ulysses_sequence_parallel_group(None)
 
 
 def by_megatron(logits, data, tensor_parallel, context_parallel):
@@ -37,14 +37,14 @@ def by_megatron(logits, data, tensor_parallel, context_parallel):
     # verl's default: every micro-batch as wide as the longest sequence of its minibatch.
     tu.assign_non_tensor(data, forced_max_seqlen=33)
     yield preprocess_bshd_engine(rows, pre_process=True, forced_max_seqlen=33)[0][..., mine], "bshd"
+    parallel_state.destroy_model_parallel()
 
 
-def main(kind, *sizes):
-    torch.distributed.init_process_group("gloo")
+def check(layout):
     data, logits, log_pi, log_mu, valid = micro_batch(LENGTHS)
     expected = expected_log_probs(data, logits)
-    divide = by_ulysses if kind == "ulysses" else by_megatron
-    for local, data_format in divide(logits, data, *map(int, sizes)):
+    divided = by_ulysses(logits) if layout == "ulysses" else by_megatron(logits, data, *map(int, layout.split("x")))
+    for local, data_format in divided:
         collector = TopKLogits()
         collector.collect(local, data, data_format)
         topk = collector.finish(log_pi, log_mu, valid, data)
@@ -52,10 +52,12 @@ def main(kind, *sizes):
             (topk.topk_log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()
             for row, rows in enumerate(expected)
         ]
-        assert max(errors) < 1e-5, (data_format, errors)
-        print(f"{data_format or kind}: equal to the single process within {max(errors):.1e}")
-    torch.distributed.destroy_process_group()
+        assert max(errors) < 1e-5, (layout, data_format, errors)
+        print(f"{layout} {data_format or ''}: equal to the single process within {max(errors):.1e}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.distributed.init_process_group("gloo")
+    for layout in sys.argv[1:]:
+        check(layout)
+    torch.distributed.destroy_process_group()

@@ -17,59 +17,97 @@ from omegaconf import OmegaConf
 
 from cppo_verl.checkpoint.export import hugging_face_folder
 from cppo_verl.checkpoint.find import CheckpointError, find
+from cppo_verl.config.compose import compose
 
 ENGINE = Path(__file__).with_name("engine.py")
 
 
-def run_engine(config, folder, world):
-    """Each rank's updates, one dict per micro-batch size."""
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+def run_engine(configs, folder, world):
+    """By name: folder, and each rank's updates by micro-batch size. All in one start of ``world`` processes."""
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        OmegaConf.save(config, folder / name / "config.yaml", resolve=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    out = folder / f"updates-{world}"
-    command = [sys.executable, str(ENGINE), str(folder / "config.yaml"), str(out)]
     environment = {**os.environ, "VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1"}
+    folders = {name: folder / name for name in configs}
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(world), str(port)], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, str(ENGINE), str(rank), str(world), str(port), *map(str, folders.values())],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(world)
     ]
     for process in ranks:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-    return [[json.loads(line) for line in Path(f"{out}.{rank}").read_text().splitlines()] for rank in range(world)]
+
+    def read(path):
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    return {name: (path, [read(path / f"updates.{rank}") for rank in range(world)]) for name, path in folders.items()}
 
 
 @pytest.fixture(scope="module")
 def engine_config(live_assets):
-    from cppo_verl.config.compose import compose
+    """``engine_config(override, ...)``: the batch's configuration with further overrides."""
 
-    return compose(
-        [
-            "platform=cpu",
-            "recipe=quickstart",
-            f"quickstart.assets={live_assets}",
-            "run.name=engine",
-            f"method.delta={DELTA}",
-            f"method.delta_b={DELTA_B}",
-            f"method.w_min={W_MIN}",
-            "actor_rollout_ref.actor.optim.lr=0.0",
-        ]
-    )
+    def composed(*overrides):
+        return compose(
+            [
+                "platform=cpu",
+                "recipe=quickstart",
+                f"quickstart.assets={live_assets}",
+                "run.name=engine",
+                f"method.delta={DELTA}",
+                f"method.delta_b={DELTA_B}",
+                f"method.w_min={W_MIN}",
+                "actor_rollout_ref.actor.optim.lr=0.0",
+                *overrides,
+            ]
+        )
+
+    return composed
+
+
+# verl's padding removal, with dynamic micro-batches, on transformers' sdpa attention.
+PACKED = "actor_rollout_ref.model.use_remove_padding=true"
 
 
 @pytest.fixture(scope="module")
-def linear(engine_config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engine")
-    return folder, run_engine(engine_config, folder, world=1)[0]
+def one_rank(engine_config, tmp_path_factory):
+    configs = {
+        "topk_tv": engine_config(),
+        "topk_kl": engine_config("divergence=topk_kl"),
+        "binary_tv": engine_config("divergence=binary_tv"),
+        "binary_kl": engine_config("divergence=binary_kl"),
+        "topk_tv packed": engine_config(PACKED),
+        "shuffled": engine_config("method.weights=shuffled"),
+        "free": engine_config("method.delta=1e9", "method.delta_b=null"),
+    }
+    return run_engine(configs, tmp_path_factory.mktemp("engine"), world=1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(engine_config, tmp_path_factory):
+    cards = "trainer.n_gpus_per_node=2"
+    configs = {"topk_tv": engine_config(cards), "topk_kl packed": engine_config(cards, "divergence=topk_kl", PACKED)}
+    return run_engine(configs, tmp_path_factory.mktemp("engine2"), world=2)
+
+
+@pytest.fixture(scope="module")
+def linear(one_rank):
+    folder, ranks = one_rank["topk_tv"]
+    return folder, ranks[0]
 
 
 def test_the_batch_decides_every_token_clearly(linear):
     """No token within 1e-6 of a threshold, and both causes at work: otherwise the next tests would prove little."""
     folder, _ = linear
-    dump = torch.load(next(folder.glob("updates-1.dump/*.pt")))
+    dump = torch.load(next(folder.glob("dump/*.pt")))
     rows = [mask_of_response(dump, row, delta=DELTA, delta_b=DELTA_B, w_min=W_MIN) for row in range(16)]
     assert min(distance for _, margin, _ in rows for distance in margin) > 1e-6
     masked = [cause for keep, _, causes in rows for kept, cause in zip(keep, causes, strict=True) if not kept]
@@ -94,27 +132,19 @@ def test_micro_batch_size_changes_nothing(linear):
         assert_same_update(updates[2], update)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(engine_config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engine2")
-    config = engine_config.copy()
-    config.trainer.n_gpus_per_node = 2
-    return folder, run_engine(config, folder, world=2)
-
-
 def test_two_ranks_train_like_one(linear, two_ranks):
-    for updates in two_ranks[1]:
+    for updates in two_ranks["topk_tv"][1]:
         for update in updates:
             assert_same_update(linear[1][2], update)
 
 
-def test_merged_checkpoint_is_the_model(engine_config, linear, two_ranks):
+def test_merged_checkpoint_is_the_model(live_assets, linear, two_ranks):
     """Shards of one rank and of two become the model they were loaded from, in the merger's bfloat16."""
     from safetensors.torch import load_file
 
-    original = load_file(f"{engine_config.actor_rollout_ref.model.path}/model.safetensors")
-    for folder, world in ((linear[0], 1), (two_ranks[0], 2)):
-        shards = folder / f"updates-{world}.checkpoints" / "global_step_4" / "actor"
+    original = load_file(live_assets / "model" / "model.safetensors")
+    for folder, world in ((linear[0], 1), (two_ranks["topk_tv"][0], 2)):
+        shards = folder / "checkpoints" / "global_step_4" / "actor"
         assert len(list(shards.glob("model_world_size_*"))) == world
         messages = []
         checkpoint = find(str(shards.parent))
@@ -138,13 +168,12 @@ def test_merged_checkpoint_is_the_model(engine_config, linear, two_ranks):
         hugging_face_folder(checkpoint, messages.append)
 
 
-def test_shuffled_weights_do_not_depend_on_micro_batches(engine_config, tmp_path):
-    """Seeded per response; with one generator per micro-batch the three would differ."""
-    config = engine_config.copy()
-    config.method.weights = "shuffled"
-    updates = run_engine(config, tmp_path, world=1)[0]
+def test_shuffled_weights_do_not_depend_on_micro_batches(one_rank, linear):
+    """Seeded per response; with one generator per micro-batch the sizes would differ."""
+    updates = one_rank["shuffled"][1][0]
     for update in updates:
         assert_same_update(updates[2], update)
+    assert updates[2]["trust_region/masked"] != linear[1][2]["trust_region/masked"]
 
 
 def true_divergence(name, row, k):
@@ -167,11 +196,11 @@ def true_divergence(name, row, k):
     return torch.stack(result)
 
 
-def largest_error(folder, world, name, k):
+def largest_error(folder, name, k):
     """Of every dumped token's divergence, whatever rank, micro-batch or order it was computed in."""
-    rows = torch.load(next(folder.glob("*.truth")))
+    rows = torch.load(folder / "truth")
     found, worst = 0, 0.0
-    for path in folder.glob(f"updates-{world}.dump*/*.pt"):
+    for path in folder.glob("dump*/*.pt"):
         dump = torch.load(path)
         for response, valid, divergence in zip(
             dump["responses"], dump["response_mask"], dump["divergence"], strict=True
@@ -191,40 +220,24 @@ def largest_error(folder, world, name, k):
     return worst
 
 
-def test_divergence_is_that_of_the_full_distributions(linear):
-    assert largest_error(linear[0], 1, "topk_tv", 20) < 1e-5
-
-
 @pytest.mark.parametrize(
-    ("name", "world", "packed"),
+    ("world", "name"),
     [
-        ("topk_kl", 1, False),
-        ("binary_tv", 1, False),
-        ("binary_kl", 1, False),
-        ("topk_tv", 2, False),
-        ("topk_tv", 1, True),
-        ("topk_kl", 2, True),
+        *((1, name) for name in ("topk_tv", "topk_kl", "binary_tv", "binary_kl", "topk_tv packed")),
+        *((2, name) for name in ("topk_tv", "topk_kl packed")),
     ],
 )
-def test_every_divergence_on_ranks_and_packed_sequences(engine_config, linear, tmp_path, name, world, packed):
-    """Packed: verl's padding removal, with dynamic micro-batches, on transformers' sdpa attention."""
-    from cppo_verl.config.compose import compose
-
-    config = engine_config.copy()
-    config.divergence = compose(["platform=cpu", f"divergence={name}"]).divergence
-    config.actor_rollout_ref.model.use_remove_padding = packed
-    config.trainer.n_gpus_per_node = world
-    ranks = run_engine(config, tmp_path, world=world)
-    assert largest_error(tmp_path, world, name, 20) < 1e-5
-    if name == "topk_tv":
+def test_every_divergence_is_that_of_the_full_distributions(one_rank, two_ranks, linear, world, name):
+    """On ranks and packed sequences alike."""
+    folder, ranks = (one_rank if world == 1 else two_ranks)[name]
+    assert largest_error(folder, name.split()[0], 20) < 1e-5
+    if name.startswith("topk_tv"):
         for update in ranks[0]:
             assert_same_update(linear[1][2], update)
 
 
-def test_the_mask_changes_the_gradient(engine_config, linear, tmp_path):
+def test_the_mask_changes_the_gradient(one_rank, linear):
     """The same batch with delta = 1e9 and no budget: nothing masked, another gradient."""
-    config = engine_config.copy()
-    config.method.delta, config.method.delta_b = 1e9, None
-    free = run_engine(config, tmp_path, world=1)[0][2]
+    free = one_rank["free"][1][0][2]
     assert free["trust_region/masked"] == 0
     assert abs(free["grad_norm"] / linear[1][2]["grad_norm"] - 1) > 1e-2

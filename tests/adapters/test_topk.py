@@ -245,7 +245,8 @@ def megatron_core(tmp_path_factory):
     return folder
 
 
-def on_ranks(world, path, *arguments):
+def on_ranks(layouts, world, path):
+    """What each rank printed; all layouts are checked in one start of the processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -260,7 +261,7 @@ def on_ranks(world, path, *arguments):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(PARALLEL), *map(str, arguments)],
+            [sys.executable, str(PARALLEL), *layouts],
             env={**environment, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -268,20 +269,24 @@ def on_ranks(world, path, *arguments):
         )
         for rank in range(world)
     ]
+    outputs = []
     for process in ranks:
         output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-        assert "equal to the single process within" in output
+        assert process.returncode == 0, output + errors[-3000:]
+        outputs.append(output)
+    return outputs
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_sequence_parallel_ranks_get_the_single_process_result(world):
-    on_ranks(world, [], "ulysses", world)
+    for output in on_ranks(["ulysses"], world, []):
+        assert "ulysses : equal to the single process within" in output
 
 
-@pytest.mark.parametrize(
-    ("tensor_parallel", "context_parallel"), [(2, 1), (4, 1), (1, 2), (2, 2), (1, 4)], ids=lambda size: str(size)
-)
-def test_megatron_ranks_get_the_single_process_result(megatron_core, tensor_parallel, context_parallel):
-    """Megatron's own groups and verl's own layouts (thd and bshd); Megatron's model is not run."""
-    on_ranks(tensor_parallel * context_parallel, [megatron_core], "megatron", tensor_parallel, context_parallel)
+@pytest.mark.parametrize(("world", "layouts"), [(2, ["2x1", "1x2"]), (4, ["4x1", "2x2", "1x4"])])
+def test_megatron_ranks_get_the_single_process_result(megatron_core, world, layouts):
+    """Megatron's own groups (tensor x context parallelism) and verl's own layouts; Megatron's model is not run."""
+    for output in on_ranks(layouts, world, [megatron_core]):
+        for layout in layouts:
+            for data_format in ("thd", "bshd"):
+                assert f"{layout} {data_format}: equal to the single process within" in output

@@ -1,67 +1,69 @@
-"""One live stack (verl + Ray + vLLM) on which methods are swapped in place: ``python stack.py RUN_FOLDER``.
+"""One live stack (verl + Ray + vLLM) on which methods are swapped in place, started as ``cppo train`` starts its own.
 
-RUN_FOLDER/config.yaml is what ``cppo train`` would have written; stages.yaml lists, for each stage, its name, number of
-steps and the nodes of the configuration that change. One JSON line per stage goes to stages.jsonl.
+``python stack.py KEY=VALUE...`` launches a run whose training process is this module: it trains, one after the other,
+the stages that the file in STAGES lists (name, number of steps, the nodes of the configuration that change). One JSON
+line per stage goes to stages.jsonl in the run folder.
 """
 
 import json
+import os
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from cppo_verl.config import compose as configuration
 from cppo_verl.config.validate import validate
-from cppo_verl.run.log import read_lines
-from cppo_verl.run.supervisor import end_run
-from cppo_verl.training.launcher import environment, prepare_folder
+from cppo_verl.run.folder import read_config
+from cppo_verl.run.log import RunLog, read_lines, read_metrics
+from cppo_verl.training.launcher import launch
 
+# Names the file with the stages, in the environment of every process of the stack.
+STAGES = "CPPO_TEST_STAGES"
 # What a stage may change on a running stack.
 SWAPPED = ("method", "divergence", "run", "actor_rollout_ref.actor")
 
 
-def run_stages(base: list[str], stages: list[tuple[str, list[str], int]], timeout: float) -> dict[str, list[dict]]:
-    """Compose ``base``, start one stack, train each (name, overrides, steps); returns each stage's metrics by step."""
-    config = configuration.compose(base)
-    validate(config)
-    folder = configuration.run_folder(config)
-    log_file = prepare_folder(config, folder, ["tests/live/stack.py"])
+def run_stages(
+    base: list[str], stages: list[tuple[str, list[str], int]], timeout: float
+) -> tuple[str, dict[str, list[dict]]]:
+    """Compose ``base``, start one stack, train each (name, overrides, steps).
+
+    Returns:
+        What the terminal showed, and each stage's metrics by step. Validation and checkpoints are the first stage's.
+    """
+    base = [*base, f"trainer.total_training_steps={sum(steps for *_, steps in stages)}"]
+    folder = configuration.run_folder(configuration.compose(base))
     plan = []
     for name, overrides, steps in stages:
         changed = configuration.compose([*base, *overrides])
         nodes = {key: OmegaConf.to_container(OmegaConf.select(changed, key), resolve=True) for key in SWAPPED}
         plan.append({"name": name, "steps": steps, "nodes": nodes})
-    OmegaConf.save(OmegaConf.create({"stages": plan}), folder / "stages.yaml")
-    tag = uuid.uuid4().hex
-    with open(log_file, "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            stdout=log,
-            stderr=log,
-            env=environment(config, tag),
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(timeout=timeout)
-        finally:
-            end_run(process, tag, patience=5)
-    if status != 0:
-        tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-40:])
-        raise AssertionError(f"the live stack ended with status {status}; the end of {log_file}:\n{tail}")
-    return {line["name"]: line["metrics"] for line in read_lines(folder / "stages.jsonl")}
+    file = folder.parent / f"{folder.name}-stages.yaml"
+    OmegaConf.save(OmegaConf.create({"stages": plan}), file)
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, __file__, *base],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, STAGES: str(file), "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, f"the live stack ended with status {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout, {line["name"]: line["metrics"] for line in read_lines(folder / "stages.jsonl")}
 
 
-def _main(folder: Path) -> None:
+def train_stages(folder: Path) -> None:
+    """The training process."""
     import ray
     from verl.utils.config import omega_conf_to_dataclass
 
     from cppo_verl.adapters.actor.loss import TrustRegionLoss
     from cppo_verl.adapters.driver.main import TaskRunner, train
-    from cppo_verl.run.log import read_metrics
 
-    stages = OmegaConf.load(folder / "stages.yaml").stages
+    stages = OmegaConf.load(os.environ[STAGES]).stages
 
     class StagedRunner(TaskRunner.__ray_metadata__.modified_class):
         """Runs every stage with the trainer's own fit(), between which the loss function is replaced."""
@@ -82,12 +84,26 @@ def _main(folder: Path) -> None:
             trainer.total_training_steps = trainer.global_steps + stage.steps
             trainer.fit(self.agent_loop_manager)
             trainer.global_steps -= 1  # fit() counts on after its last step
+            trainer.config.trainer.update({"val_before_train": False, "test_freq": -1, "save_freq": -1})
             lines = [line for step, line in read_metrics(folder).items() if step >= first]
             with open(folder / "stages.jsonl", "a") as file:
                 file.write(json.dumps({"name": stage.name, "metrics": lines}) + "\n")
 
-    train(OmegaConf.load(folder / "config.yaml"), ray.remote(StagedRunner))
+    log = RunLog(folder)
+    log.event("starting Ray")
+    with log.outcome():
+        train(read_config(folder), ray.remote(StagedRunner))
+
+
+def main(arguments: list[str]) -> int:
+    """A run folder: train in it. Overrides: launch a run."""
+    if len(arguments) == 1 and (Path(arguments[0]) / "config.yaml").exists():
+        train_stages(Path(arguments[0]))
+        return 0
+    config = configuration.compose(arguments)
+    validate(config)
+    return launch(config, ["tests/live/stack.py", *arguments], module="stack")
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,14 +1,20 @@
-"""One real stack (verl + Ray + vLLM + FSDP2 on the CPU): CPPO and a baseline train, and the mask is the paper's."""
+"""One real stack (verl + Ray + vLLM + FSDP2 on the CPU): CPPO and a baseline train, the mask is the paper's, the
+terminal and the run folder are what a person expects, and nothing is left running."""
 
+import json
 import math
+import re
 from collections import Counter
 
 import pytest
 import torch
+from leftovers import leftovers
 from mask_oracle import divergences_of_response, mask_of_response
+from rewards import some_groups_equal
 from stack import run_stages
 
 from cppo_verl import core
+from cppo_verl.run.log import read_metrics
 
 pytestmark = pytest.mark.live
 
@@ -24,7 +30,8 @@ def cppo(delta, delta_b):
 
 
 @pytest.fixture(scope="module")
-def stages(live_base):
+def live(live_base):
+    """What the terminal showed, and each stage's metrics by step; validated and saved at the end of the first."""
     plan = [
         ("cppo", [*cppo(*TOPK), "run.dump_steps=[1,3]"], 3),
         ("grpo", ["method=grpo"], 2),
@@ -32,7 +39,17 @@ def stages(live_base):
         ("cppo over binary TV", [*cppo(*BINARY), "divergence=binary_tv", "run.dump_steps=[9]"], 2),
     ]
     limit = f"actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={VOCABULARY}"
-    return run_stages([*live_base, limit], plan, timeout=600)
+    settings = [
+        limit,
+        "reward.custom_reward_function.name=some_groups_equal",
+        *("trainer.val_before_train=true", "trainer.test_freq=3", "trainer.save_freq=3"),
+    ]
+    return run_stages([*live_base, *settings], plan, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def stages(live):
+    return live[1]
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +184,61 @@ def test_reported_shares_are_those_of_the_dump(dumps, stages):
     assert line["divergence/p99"] == pytest.approx(divergence[valid].quantile(0.99).item(), rel=0.08)
 
 
-def test_skipped_groups_train_nothing(dumps, stages):
-    """Responses of a group with equal rewards have advantage 0 and are out of the mask."""
-    for line in stages["cppo"] + stages["grpo"]:
-        assert 0 <= line["groups/zero_variance"] < line["groups/total"] == 8
-    for batches in dumps.values():
-        for batch in batches:
-            unused = ~batch["response_mask"].any(-1)
-            assert (batch["loss"][unused] == 0).all()
+def test_skipped_groups_and_only_they_are_left_out(dumps, stages, live_assets):
+    """Rewards are computed again from the dumped tokens: the rows of a group whose rewards are equal have no token in
+    the mask, all others have some. Every reward is 1 where the answer is a multiple of 3: every step has such groups.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(live_assets / "model")
+    lines = {line["training/global_step"]: line for found in stages.values() for line in found}
+    for step in {step for step, _ in dumps}:
+        groups = {}
+        for batch in (batch for (number, _), found in dumps.items() if number == step for batch in found):
+            assert (batch["loss"][~batch["response_mask"]] == 0).all()
+            for row, used in enumerate(batch["response_mask"].any(-1).tolist()):
+                prompt = tokenizer.decode(batch["prompts"][row], skip_special_tokens=True)
+                problem = re.search(r"([0-9+-]+)\?", prompt)[1]
+                response = tokenizer.decode(batch["responses"][row], skip_special_tokens=True)
+                reward = some_groups_equal("arithmetic", response, eval(problem))["acc"]
+                groups.setdefault(problem, []).append((reward, used))
+        skipped = [rows for rows in groups.values() if len({reward for reward, _ in rows}) == 1]
+        assert [len(rows) for rows in groups.values()] == [4] * 8
+        assert len(skipped) == lines[step]["groups/zero_variance"] > 0
+        assert lines[step]["groups/total"] == 8
+        assert len(skipped) < 8
+        for rows in groups.values():
+            assert {used for _, used in rows} == {rows not in skipped}
+
+
+def test_terminal_shows_steps_and_a_summary_and_nothing_of_ray(live):
+    lines = live[0].splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert "before training" in steps[0]
+    assert [line.split()[1] for line in steps[1:]] == [f"{number}/9" for number in range(1, 10)]
+    assert all(word in steps[1] for word in ("reward", "masked", "token", "prefix", "ETA"))
+    assert ["Avg@16" in line for line in steps] == [number in (0, 3) for number in range(10)]
+    assert any(line.startswith("arithmetic Avg@16") and "points" in line for line in lines)
+    assert not [line for line in lines if "TaskRunner" in line or "WARNING" in line or "pid=" in line]
+    assert len(lines) < 50
+
+
+def test_run_folder_is_complete(live, live_folder):
+    manifest = json.loads((live_folder / "manifest.json").read_text())["attempts"][0]
+    assert manifest["packages"]["verl"] == "0.9.1"
+    assert manifest["command"].startswith("tests/live/stack.py")
+    assert manifest["hardware"]["cores"] > 0
+    metrics = read_metrics(live_folder)
+    assert sorted(metrics) == list(range(10))
+    assert metrics[2]["trust_region/tokens"] > 0
+    for name in ("config.yaml", "summary.json", "plots/training.png", "plots/mask.png", "logs/train-1.log"):
+        assert (live_folder / name).stat().st_size > 0
+    samples = [json.loads(line) for line in (live_folder / "validation/3.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 * 16
+    assert {sample["data_source"] for sample in samples} == {"arithmetic"}
+    assert (live_folder / "checkpoints/global_step_3/complete.json").is_file()
+    assert (live_folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+def test_nothing_is_left_running(live, live_folder):
+    assert leftovers(live_folder) == []

@@ -46,7 +46,7 @@ UNMASKED = ("cispo", "minpro")
 
 @pytest.fixture(scope="module")
 def matrix(live_base):
-    return run_stages(live_base, [(name, overrides, 2) for name, overrides in VARIANTS.items()], timeout=1200)
+    return run_stages(live_base, [(name, overrides, 2) for name, overrides in VARIANTS.items()], timeout=1200)[1]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

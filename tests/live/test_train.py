@@ -1,4 +1,4 @@
-"""``cppo train`` as a person uses it: what it prints, what it leaves behind, how it fails and how it is interrupted."""
+"""``cppo train`` as a person uses it: to the end, on, evaluated, interrupted, failing, with verl's other settings."""
 
 import json
 import os
@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pandas
-import psutil
 import pytest
+from leftovers import leftovers
 
 from cppo_verl.data.sources import AIME
 from cppo_verl.run.log import read_metrics
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.slow]
 CPPO = Path(sys.executable).parent / "cppo"
 
 
@@ -44,37 +44,6 @@ def finished(overrides):
     return done.stdout
 
 
-def test_terminal_shows_steps_and_a_summary_and_nothing_of_ray(finished):
-    lines = finished.splitlines()
-    steps = [line for line in lines if line.startswith("step ")]
-    assert "before training" in steps[0]
-    assert [line.split()[1] for line in steps[1:]] == ["1/2", "2/2"]
-    assert all(word in steps[1] for word in ("reward", "masked", "token", "prefix", "ETA"))
-    assert "Avg@16" in steps[2]
-    assert any(line.startswith("arithmetic Avg@16") and "points" in line for line in lines)
-    assert not [line for line in lines if "TaskRunner" in line or "WARNING" in line or "pid=" in line]
-    assert len(lines) < 40
-
-
-def test_run_folder_is_complete(finished, live_folder):
-    manifest = json.loads((live_folder / "manifest.json").read_text())["attempts"][0]
-    assert manifest["packages"]["verl"] == "0.9.1"
-    assert manifest["command"].startswith("cppo train")
-    assert manifest["hardware"]["cores"] > 0
-    metrics = read_metrics(live_folder)
-    assert sorted(metrics) == [0, 1, 2]
-    assert metrics[2]["trust_region/tokens"] > 0
-    for name in ("config.yaml", "summary.json", "plots/training.png", "plots/mask.png", "logs/train-1.log"):
-        assert (live_folder / name).stat().st_size > 0
-    samples = [json.loads(line) for line in (live_folder / "validation/2.jsonl").read_text().splitlines()]
-    assert len(samples) == 8 * 16
-    assert (live_folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
-
-
-def test_nothing_is_left_running(finished, live_folder):
-    assert leftovers(live_folder) == []
-
-
 def test_the_name_is_taken_and_resuming_goes_on(finished, overrides, live_folder):
     again = subprocess.run([CPPO, "train", *overrides], capture_output=True, text=True, timeout=60)
     assert again.returncode == 2
@@ -86,13 +55,13 @@ def test_the_name_is_taken_and_resuming_goes_on(finished, overrides, live_folder
         timeout=600,
     )
     assert resumed.returncode == 0, resumed.stdout
+    assert [line.split()[1] for line in finished.splitlines() if line.startswith("step ")] == ["0", "1/2", "2/2"]
     assert "3/3" in resumed.stdout
     assert "step    2/3" not in resumed.stdout
     assert sorted(read_metrics(live_folder)) == [0, 1, 2, 3]
     assert (live_folder / "logs/train-2.log").exists()
 
 
-@pytest.mark.slow
 def test_evaluation_of_the_checkpoint_agrees_with_the_runs_own_validation(finished, live_folder):
     """Shards merged, settings, data and reward function taken from the run; no option but a number of samples."""
     step = live_folder / "checkpoints" / "global_step_2"
@@ -109,7 +78,6 @@ def test_evaluation_of_the_checkpoint_agrees_with_the_runs_own_validation(finish
     assert abs(mine["avg"] - validation) < 3.5 * error
 
 
-@pytest.mark.slow
 def test_ctrl_c_leaves_no_process(overrides, tmp_path):
     run = tmp_path / "interrupted"
     process = subprocess.Popen(
@@ -132,7 +100,6 @@ def test_ctrl_c_leaves_no_process(overrides, tmp_path):
     assert leftovers(run) == []
 
 
-@pytest.mark.slow
 def test_a_failure_shows_its_cause(overrides, tmp_path):
     reward = tmp_path / "broken.py"
     reward.write_text("def compute_score(*args, **kwargs):\n    raise RuntimeError('the reward is broken')\n")
@@ -156,18 +123,6 @@ def test_a_failure_shows_its_cause(overrides, tmp_path):
     assert leftovers(tmp_path / "broken") == []
 
 
-def leftovers(run):
-    """Processes of the run: those that mention its folder, and Ray's or vLLM's that carry its tag."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("CPPO_RUN_TAG") and process.environ().get("CPPO_RUN_FOLDER") == str(run):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def wait_for(condition, seconds):
     deadline = time.time() + seconds
     while not condition():
@@ -175,7 +130,6 @@ def wait_for(condition, seconds):
         time.sleep(0.5)
 
 
-@pytest.mark.slow
 def test_verls_refilling_filter_trains(overrides, tmp_path):
     settings = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=acc"]
     lines = trained(overrides, settings, tmp_path / "refill")
@@ -202,7 +156,6 @@ def with_every_term(overrides, live_assets, tmp_path_factory):
     return trained(overrides, settings, folder / "run"), folder / "run"
 
 
-@pytest.mark.slow
 def test_validation_reports_the_mean_of_the_aime_sets(with_every_term):
     line = with_every_term[0][2]
     scores = [line[f"val-core/{name}/acc/mean@16"] for name in AIME]
@@ -210,7 +163,6 @@ def test_validation_reports_the_mean_of_the_aime_sets(with_every_term):
     assert len(set(scores)) > 1
 
 
-@pytest.mark.slow
 def test_overlong_responses_cost_what_dapo_says_and_leave_acc_alone(with_every_term):
     """Longest 40, buffer 30: beyond 10 tokens a response loses (length - 10) / 30."""
     lines, folder = with_every_term
