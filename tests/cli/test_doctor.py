@@ -609,6 +609,7 @@ def test_an_import_that_fails_on_both_sides_is_a_difference():
 
 
 @pytest.mark.live
+@pytest.mark.slow
 def test_the_real_thing(overrides, tmp_path):
     """The plug-in in a real verl process, and a worker of a real Ray; nothing is left of either."""
     done = subprocess.run(

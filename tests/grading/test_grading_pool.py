@@ -24,6 +24,7 @@ def test_hostile_answers_harm_nobody():
     assert_unharmed(pressure())
 
 
+@pytest.mark.slow
 def test_hostile_answers_harm_nobody_in_ray_actors():
     """Two reward workers of one node, each with threads of its own."""
     import ray
@@ -44,6 +45,7 @@ def test_hostile_answers_harm_nobody_in_ray_actors():
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_hostile_answers_harm_nobody_with_gmpy2(tmp_path):
     """sympy computes with GMP where gmpy2 is installed; no Python signal interrupts that."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "gmpy2"]

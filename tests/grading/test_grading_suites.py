@@ -79,6 +79,7 @@ def agreement(name):
     return [(ours(g, a) == expected, math_verify(g, a) == expected) for g, a, expected in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_agrees_as_often_as_math_verify_where_no_rule_decides(name):
     found = agreement(name)
