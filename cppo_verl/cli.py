@@ -123,10 +123,11 @@ def _add_prepare_arguments(prepare: argparse.ArgumentParser) -> None:
 
 
 def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
-    """The fields of `cppo_verl.evaluation.request.Options`, which says where each comes from when it is not given."""
+    """`cppo_verl.evaluation.request.Options` says what each is when it is not given."""
+    evaluate.argument_default = argparse.SUPPRESS
     add = evaluate.add_argument
     add("checkpoint", metavar="CHECKPOINT")
-    add("--all", dest="every", action="store_true",
+    add("--all", dest="every", action="store_true", default=False,
         help="every checkpoint of a run; the best again with fresh seeds, and the last")  # fmt: skip
     add("--data", nargs="+", type=Path, metavar="FILE", help="verl parquet files (default: the run's, or data/aime*)")
     add("-n", type=_positive, help="samples per question")
@@ -134,7 +135,7 @@ def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
     add("--top-p", type=float)
     add("--max-tokens", type=_positive, help="longest response")
     add("--thinking", action=argparse.BooleanOptionalAction, help="enable_thinking of the chat template")
-    add("--seed", type=int, default=0, help="another seed samples afresh (default: 0)")
+    add("--seed", type=int, help="another one samples afresh")
     add("--limit", type=_positive, help="only the first questions of each benchmark")
     add("--tensor-parallel", type=_positive, help="GPUs of one copy of the model; copies fill the GPUs that Ray sees")
     add("--out", type=Path, metavar="FOLDER", help="default: RUN/eval/step_N-seedS, or evals/NAME-seedS")

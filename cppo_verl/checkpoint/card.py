@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from omegaconf import DictConfig
 
 from cppo_verl.checkpoint.find import Checkpoint
-from cppo_verl.run.folder import read_config
+from cppo_verl.run.folder import MANIFEST, read_config
 from cppo_verl.run.log import accuracies, read_metrics
 
 _UNKNOWN = "not known: this checkpoint lies in no run folder"
@@ -108,7 +108,7 @@ def _evaluations(run: Path, step: int) -> str:
 
 
 def _origin(run: Path) -> str:
-    attempts = json.loads((run / "manifest.json").read_text())["attempts"]
+    attempts = json.loads((run / MANIFEST).read_text())["attempts"]
     last = attempts[-1]
     packages = ", ".join(f"{name} {version}" for name, version in last["packages"].items() if version)
     hardware = last["hardware"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cppo_verl.checkpoint import retention
 from cppo_verl.problems import ConfigError
-from cppo_verl.run.folder import CONFIG
+from cppo_verl.run.folder import CONFIG, MANIFEST
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _STEP = re.compile(r"global_step_(\d+)")
@@ -137,7 +137,7 @@ def check_shards(checkpoint: Checkpoint) -> None:
 
 def _run_of(path: Path) -> Path | None:
     """The run folder that ``path`` is or lies in."""
-    files = (CONFIG, "manifest.json")
+    files = (CONFIG, MANIFEST)
     return next((folder for folder in (path, *path.parents) if all((folder / name).is_file() for name in files)), None)
 
 

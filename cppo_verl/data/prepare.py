@@ -184,7 +184,7 @@ def prepare(
     train: Sequence[Request],
     held_out: Sequence[Request],
     out: Path,
-    template: str = "boxed",
+    template: str,
     revision: str | None = None,
     progress: Any = None,
 ) -> dict[str, Any]:

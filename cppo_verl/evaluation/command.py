@@ -25,6 +25,7 @@ from cppo_verl.evaluation.request import (
     write_manifest,
 )
 from cppo_verl.evaluation.samples import SAMPLES, Evaluation, EvaluationError, read_questions
+from cppo_verl.run.log import EVENTS
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import INTERRUPTED, RUN_FOLDER, locked, process_environment, supervise
 
@@ -126,7 +127,7 @@ def _sample(evaluation: Evaluation, attempt: dict[str, Any]) -> int:
     evaluation.manifest["attempts"].append(attempt)
     write_manifest(folder, evaluation.manifest)
     (folder / "logs").mkdir(exist_ok=True)
-    (folder / "events.jsonl").unlink(missing_ok=True)
+    (folder / EVENTS).unlink(missing_ok=True)
     log_file = folder / "logs" / f"eval-{len(evaluation.manifest['attempts'])}.log"
     display = SamplingDisplay(evaluation, log_file, _console)
     environment = process_environment(not engine["gpus_per_replica"], engine["model"])

@@ -13,8 +13,8 @@ from cppo_verl.checkpoint.export import fingerprint
 from cppo_verl.checkpoint.find import Checkpoint
 from cppo_verl.config.compose import compose
 from cppo_verl.data.sources import AIME
-from cppo_verl.evaluation.samples import MANIFEST, QUESTIONS, Evaluation, EvaluationError, Question, write_lines
-from cppo_verl.run.folder import read_config
+from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, write_lines
+from cppo_verl.run.folder import MANIFEST, read_config
 from cppo_verl.run.log import write_atomically
 from cppo_verl.run.machine import has_gpu
 

@@ -17,11 +17,12 @@ import numpy as np
 from cppo_verl.grading import OUTCOMES, compute_score
 from cppo_verl.grading.reward import grade_row
 from cppo_verl.problems import ConfigError
+from cppo_verl.run.folder import MANIFEST
 from cppo_verl.run.log import read_lines
 
 _log = logging.getLogger(__name__)
 
-QUESTIONS, SAMPLES, MANIFEST = "questions.jsonl", "samples.jsonl", "manifest.json"
+QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
 OWN_REWARD = "pkg://cppo_verl.grading"
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from cppo_verl.grading.grader import OUTCOMES, Grade, grade
 
+# Keywords of `grade` that a row or `reward_kwargs` may set.
+_OPTIONS: dict[str, Any] = {"answer_line": bool, "timeout": float}
+
 
 def compute_score(
     data_source: str,
@@ -29,10 +32,6 @@ def compute_score(
 
 def grade_row(response: object, gold: object, extra_info: Mapping[str, Any] | None, **kw: Any) -> Grade:
     """`grade` with the options of a row of verl's data, as `compute_score` reads them."""
-    options = {**kw, **(extra_info or {})}
-    return grade(
-        response,
-        gold,
-        answer_line=bool(options.get("answer_line", False)),
-        timeout=float(options.get("timeout", 5.0)),
-    )
+    given = {**kw, **(extra_info or {})}
+    options = {name: kind(given[name]) for name, kind in _OPTIONS.items() if name in given}
+    return grade(response, gold, **options)

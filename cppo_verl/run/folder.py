@@ -1,10 +1,10 @@
-"""A run folder's configuration."""
+"""A run folder: its files' names, its configuration."""
 
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-CONFIG = "config.yaml"
+CONFIG, MANIFEST = "config.yaml", "manifest.json"
 
 
 def read_config(folder: str | Path) -> DictConfig:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cppo_verl.config.compose import run_folder
-from cppo_verl.run.folder import CONFIG
+from cppo_verl.run.folder import CONFIG, MANIFEST
 from cppo_verl.run.log import EVENTS, METRICS, write_atomically
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import (
@@ -23,8 +23,6 @@ from cppo_verl.run.supervisor import (
     supervise,
 )
 from cppo_verl.training.display import RunDisplay
-
-_MANIFEST = "manifest.json"
 
 
 def launch(config: DictConfig, command: list[str], module: str = "cppo_verl.adapters.driver.main") -> int:
@@ -87,13 +85,13 @@ def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path
     attempts = _attempts(folder)
     tracking_id = attempts[0]["tracking_id"] if attempts else uuid.uuid4().hex[:12]
     record = {"attempt": attempt, "tracking_id": tracking_id, **manifest(command)}
-    write_atomically(folder / _MANIFEST, json.dumps({"attempts": [*attempts, record]}, indent=2) + "\n")
+    write_atomically(folder / MANIFEST, json.dumps({"attempts": [*attempts, record]}, indent=2) + "\n")
     (folder / EVENTS).unlink(missing_ok=True)
     return folder / "logs" / f"train-{attempt}.log"
 
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
-    path = folder / _MANIFEST
+    path = folder / MANIFEST
     return json.loads(path.read_text())["attempts"] if path.exists() else []
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
-from cppo_verl.run.log import read_lines, read_metrics
+from cppo_verl.run.folder import CONFIG
+from cppo_verl.run.log import METRICS, read_lines, read_metrics
 
 # Outcomes in which the grader gave no verdict.
 _UNJUDGED = ("timeout", "error")
@@ -83,7 +84,7 @@ class RunSummary:
                     f"{masked['masked']:.2%} (token {masked['token']:.2%}, prefix {masked['prefix']:.2%})",
                 )
             )
-        for name in ("metrics.jsonl", "config.yaml", "validation", "checkpoints", "plots", "logs"):
+        for name in (METRICS, CONFIG, "validation", "checkpoints", "plots", "logs"):
             if (self.folder / name).exists():
                 rows.append((name.removesuffix(".jsonl"), str(self.folder / name)))
         return rows

@@ -101,18 +101,18 @@ def test_a_second_command_keeps_what_the_first_one_recorded(files, tmp_path):
 def test_problems_in_other_scripts_are_told_apart(tmp_path):
     rows = [{"problem": text, "answer": "1"} for text in ("求最大值", "求最小值", "Найдите x", "Найдите y")]
     path = write_lines(tmp_path / "x.jsonl", rows)
-    assert prepare([Request("x", str(path))], [], tmp_path / "o")["sets"]["x"]["kept"] == 4
+    assert prepare([Request("x", str(path))], [], tmp_path / "o", "boxed")["sets"]["x"]["kept"] == 4
 
 
 def test_repeated_ids_are_refused_and_missing_ones_numbered(tmp_path):
     rows = [{"id": number, "problem": f"p{text}", "answer": "1"} for text, number in (("a", None), ("b", None))]
     path = write_lines(tmp_path / "x.jsonl", rows)
-    prepare([Request("x", str(path))], [], tmp_path / "o")
+    prepare([Request("x", str(path))], [], tmp_path / "o", "boxed")
     ids = [row["extra_info"]["id"] for row in parquet.read_table(tmp_path / "o/x.parquet").to_pylist()]
     assert ids == ["x-0", "x-1"]
     write_lines(path, [row | {"id": "same"} for row in rows])
     with pytest.raises(DataError, match="two problems have the id same"):
-        prepare([Request("x", str(path))], [], tmp_path / "o")
+        prepare([Request("x", str(path))], [], tmp_path / "o", "boxed")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_an_unknown_name_and_a_repeated_one(tmp_path, capsys):
     assert main(["prepare", "--train", "gsm", "--eval", "--out", str(tmp_path)]) == 2
     assert "gsm: not a known data set (dapo, aime24" in capsys.readouterr().err
     with pytest.raises(DataError, match="a name is given twice"):
-        prepare([Request("a", "x.jsonl")], [Request("a", "y.jsonl")], tmp_path)
+        prepare([Request("a", "x.jsonl")], [Request("a", "y.jsonl")], tmp_path, "boxed")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def public(tmp_path_factory):
     out = tmp_path_factory.mktemp("public")
     data = Path(DATA)
     held_out = [Request(name, str(data / f"{name}.jsonl")) for name in ("aime24", "aime25", "aime26", "math500")]
-    return out, prepare([Request("dapo", str(data / "dapo_math_17k.jsonl"))], held_out, out)
+    return out, prepare([Request("dapo", str(data / "dapo_math_17k.jsonl"))], held_out, out, "boxed")
 
 
 @needs_data
