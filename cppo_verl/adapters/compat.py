@@ -96,6 +96,7 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
+    from verl.trainer.ppo.metric_utils import bootstrap_metric
     from verl.trainer.ppo.v1 import PPOTrainerSync
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
     from verl.utils import tensordict_utils
@@ -111,6 +112,7 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     return [
         (run_ppo, ("config", "task_runner_class")),
         (agg_loss, ("loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens", "loss_scale_factor")),
+        (bootstrap_metric, ("data", "subset_size", "reduce_fns", "n_bootstrap", "seed")),
         (kl_penalty, ("logprob", "ref_logprob", "kl_penalty")),
         (no_padding_2_padding, ("tensor", "data")),
         (initialize_global_process_group_ray, ("timeout_second", "backend")),

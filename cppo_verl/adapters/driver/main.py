@@ -39,10 +39,12 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
         import transfer_queue as tq
         from verl.utils.logging_utils import configure_verl_logging
 
+        from cppo_verl.adapters.driver import resampling
         from cppo_verl.adapters.driver.trainer import TrustRegionTrainer
         from cppo_verl.adapters.rollout import server
 
         server.register()
+        resampling.install()
         configure_verl_logging()
         config.transfer_queue.enable = True
         OmegaConf.resolve(config)
