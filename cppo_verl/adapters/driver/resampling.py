@@ -36,13 +36,13 @@ def bootstrap_metric(
     indices, state = _resamples(len(data), subset_size, n_bootstrap, seed)
     np.random.set_state(state)
     samples = np.asarray(data, dtype=np.float64)[indices]
-    reduced = (reduce_fn(samples, axis=-1) for reduce_fn in reduce_fns)
+    reduced = (reduce_fn(samples, axis=0) for reduce_fn in reduce_fns)
     return [(float(np.mean(values)), float(np.std(values))) for values in reduced]
 
 
 @lru_cache(maxsize=64)
 def _resamples(size: int, subset_size: int, n_bootstrap: int, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """verl's indices ``[n_bootstrap, subset_size]``, and the global random state after they were drawn."""
+    """verl's indices, ``[subset_size, n_bootstrap]``, and the global random state after they were drawn."""
     np.random.seed(seed)
     indices = np.random.choice(size, size=(n_bootstrap, subset_size), replace=True)
-    return indices, np.random.get_state(legacy=False)
+    return np.ascontiguousarray(indices.T), np.random.get_state(legacy=False)
