@@ -90,8 +90,11 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_module_and_config(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    packed = {name.removeprefix("cppo_verl/configs/") for name in names if name.endswith(".yaml")}
-    assert packed == {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
+    packed = {name.removeprefix("cppo_verl/configs/") for name in names if name.startswith("cppo_verl/configs/")}
+    assert packed == {
+        str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*") if path.is_file()
+    }
+    assert "cppo_verl/py.typed" in names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "cppo_verl").rglob("*.py")}
     assert modules == {name for name in names if name.endswith(".py")}
 

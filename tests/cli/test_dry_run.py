@@ -83,10 +83,10 @@ def test_stdout_is_the_configuration_as_yaml(printed):
 
 def test_verl_is_not_imported(folder):
     arguments = ["train", "--dry-run", *recipe("qwen3_8b_base")]
-    code = f"import sys; from cppo_verl.cli import main; main({arguments!r}); print('#', sorted("
+    code = f"import sys; from cppo_verl.cli import main; print('#', main({arguments!r}), sorted("
     code += "{'verl', 'ray', 'vllm', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == "# []", done.stderr
+    assert done.stdout.splitlines()[-1] == "# 0 []", done.stderr
 
 
 def flat(node, key=""):

@@ -53,14 +53,21 @@ def overrides_of(command):
     return [*words[words.index("train") + 1 :], *rest]
 
 
+def without(config, keys):
+    plain = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    for key in keys:
+        OmegaConf.update(plain, key, None, merge=False)
+    return OmegaConf.to_container(plain)
+
+
 def listed(script):
     done = subprocess.run(["bash", f"recipes/{script}.sh"], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", PAPER["models"])
-def test_recipe_holds_the_papers_numbers(compose, name):
-    config = compose(overrides_of(f"recipes/{name}.sh"))
+@pytest.mark.parametrize("script", [*PAPER["models"], "qwen3_8b_base_megatron"])
+def test_recipe_holds_the_papers_numbers(compose, script):
+    config, name = compose(overrides_of(f"recipes/{script}.sh")), script.removesuffix("_megatron")
     table3, shared = PAPER["models"][name]["table3"], PAPER["shared"]
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     assert config.actor_rollout_ref.model.path == PAPER["models"][name]["model"]
@@ -159,7 +166,10 @@ ABLATIONS = {
 
 
 def test_each_ablation_changes_one_thing(compose):
-    configs = {cell.rsplit("qwen3_8b_base-", 1)[1]: compose(overrides_of(cell)) for cell in listed("ablations")}
+    configs = {
+        cell.rsplit("qwen3_8b_base-", 1)[1]: compose([*overrides_of(cell), "run.name=x"])
+        for cell in listed("ablations")
+    }
     control = configs.pop("trm-max-avg")
     assert (control.method.delta_max, control.method.delta_avg, control.divergence.name) == (0.1, 0.002, "topk_kl")
     assert configs.keys() == ABLATIONS.keys()
@@ -167,6 +177,10 @@ def test_each_ablation_changes_one_thing(compose):
     for name, config in configs.items():
         changed = {key: value for key, value in config.method.items() if value != plain[key]}
         assert changed == ABLATIONS[name], name
+    own = ("method", "divergence", "thresholds", "actor_rollout_ref.actor.policy_loss")
+    own += ("actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs",)  # follows divergence.k
+    rests = {name: without(config, own) for name, config in {**configs, "trm-max-avg": control}.items()}
+    assert {name for name, rest in rests.items() if rest != rests["cppo"]} == set()
     assert configs["kl"].divergence.name == "topk_kl"
     assert configs["binary"].divergence.name == "binary_tv"
 

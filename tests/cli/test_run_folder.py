@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from cppo_verl.run.log import RunLog, read_metrics
+from cppo_verl.run.log import RunLog, read_lines, read_metrics
 from cppo_verl.training.display import RunDisplay
 from cppo_verl.training.summary import RunSummary, validation_changes
 
@@ -39,19 +39,19 @@ def test_resuming_forgets_what_will_be_trained_again(tmp_path):
 def run(tmp_path):
     """Two problems, four samples: 2 of 8 right before, 6 of 8 after; two steps of 100 tokens."""
     log = RunLog(tmp_path)
-    for step, masked in ((1, 10), (2, 2)):
+    for step, tokens, masked in ((1, 100, 10), (2, 300, 2)):
         log.metrics(
             step,
             {
                 "training/global_step": step,
-                "trust_region/tokens": 100,
+                "trust_region/tokens": tokens,
                 "trust_region/masked_tokens": masked,
                 "trust_region/masked_by_token": masked / 200,
                 "critic/score/mean": 0.5,
             },
         )
     (tmp_path / "validation").mkdir()
-    for step, verdicts in ((0, {"p": [1, 0, 0, 0], "q": [1, 0, 0, 0]}), (2, {"q": [1, 1, 0, 1], "p": [1, 1, 1, 0]})):
+    for step, verdicts in ((0, {"p": [1, 0, 0, 0], "q": [1, 1, 0, 0]}), (2, {"q": [1, 1, 0, 1], "p": [1, 1, 0, 0]})):
         with open(tmp_path / f"validation/{step}.jsonl", "w") as file:
             for problem, samples in verdicts.items():
                 for acc in samples:
@@ -62,11 +62,12 @@ def run(tmp_path):
 def test_change_of_validation_is_paired_by_problem(run):
     (change,) = validation_changes(run / "validation")
     assert (change.source, change.samples, change.problems, change.first_step, change.last_step) == ("toy", 4, 2, 0, 2)
-    assert (change.before, change.after, change.difference) == pytest.approx((0.25, 0.75, 0.5))
+    assert (change.before, change.after, change.difference) == pytest.approx((0.375, 0.625, 0.25))
+    assert (change.low, change.high) == pytest.approx((0.25, 0.25))  # both problems gained as much: no spread
 
 
 def test_masked_share_is_over_all_tokens_of_the_run(run):
-    assert RunSummary.read(run).masked() == pytest.approx({"masked": 0.06, "token": 0.03, "prefix": 0.03})
+    assert RunSummary.read(run).masked() == pytest.approx({"masked": 0.03, "token": 0.02, "prefix": 0.01})
 
 
 def test_a_response_with_a_line_separator_of_unicode_is_one_sample(run):
@@ -74,6 +75,8 @@ def test_a_response_with_a_line_separator_of_unicode_is_one_sample(run):
     with open(run / "validation/2.jsonl", "a") as file:
         sample = {"input": "p", "acc": 1, "data_source": "other", "output": "a\u2028b\x85c"}
         file.write(json.dumps(sample, ensure_ascii=False) + '\n{"input": "p", "a')
+    *_, last = read_lines(run / "validation/2.jsonl")
+    assert last["output"] == "a\u2028b\x85c"
     assert [change.source for change in validation_changes(run / "validation")] == ["toy"]
 
 
@@ -84,10 +87,14 @@ def test_answers_that_could_not_be_graded_are_in_the_summary(run):
     assert dict(RunSummary.read(run).rows())["failed grading"].startswith("4 timeout (scored 0")
 
 
-def test_summary_and_plots_are_written(run):
+def test_summary_and_plots_are_written(run, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
     RunSummary.read(run).write()
     assert json.loads((run / "summary.json").read_text())["validation"][0]["source"] == "toy"
     assert (run / "plots/training.png").stat().st_size > 10_000
+    drawn = [[line.get_ydata().tolist() for line in axis.lines] for axis in figures[0].axes]
+    assert drawn == [[[0.5, 0.5]], [[pytest.approx(5.0), pytest.approx(1.0)]], [], []]
 
 
 def test_display_prints_a_line_per_step_once(run, capsys):

@@ -84,14 +84,15 @@ def test_a_k_mismatch_is_refused_by_name(function, name):
 
 def scalars():
     for function in (cppo_mask, soft_gate, dppo_mask):
-        for bad in (0.0, -0.1):
+        for bad in (0.0, -0.1, NAN):
             yield function, "delta", bad, bad
     for name in ("delta_max", "delta_avg"):
-        for bad in (0.0, -0.1):
+        for bad in (0.0, -0.1, NAN):
             yield trm_mask, name, bad, bad
     for bad in (0.0, -0.5, 1.5, NAN):
         yield position_weights, "w_min", bad, bad
-    yield prefix_budget, "delta_b", -0.01, -0.01
+    for name, bad in (("delta_b", -0.01), ("delta_b", NAN), ("quantile", -0.1), ("quantile", 1.1), ("max_factor", 0.5)):
+        yield prefix_budget, name, bad, bad
     for function in (cppo_mask, soft_gate):
         yield function, "delta_b", "one negative", torch.tensor([0.1, -0.01, 0.1])
         yield function, "delta_b", "one NaN", torch.tensor([0.1, NAN, 0.1])

@@ -115,5 +115,6 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_the_fingerprint_is_of_names_and_contents(tmp_path):
     first, same, other = (hugging_face(tmp_path / name, text) for name, text in (("a", "w"), ("b", "w"), ("c", "v")))
     assert fingerprint(first) == fingerprint(same) != fingerprint(other)
-    (same / "tokenizer.json").write_text("{}")
+    for folder, name in ((first, "vocab.json"), (same, "tokenizer.json")):  # the same contents in the same order
+        (folder / name).write_text("{}")
     assert fingerprint(first) != fingerprint(same)

@@ -85,12 +85,26 @@ def test_every_number_of_a_report(tmp_path, correct):
         assert entry["outcomes"]["right"] == rows.sum()
         assert entry["outcomes"]["wrong"] == (~rows).sum()
         assert entry["truncated"] == 0.0
-        assert entry["tokens"]["mean"] == 11.5
-        assert entry["tokens"]["max"] == 13
+        lengths = np.broadcast_to(10 + np.arange(N), rows.shape)
+        right, other = lengths[rows], lengths[~rows]
+        assert entry["tokens"] == {
+            "mean": 11.5,
+            "median": 11.5,
+            "max": 13,
+            "mean_right": right.mean() if len(right) else None,
+            "mean_not_right": other.mean() if len(other) else None,
+        }
     mean = report["mean"]
     assert mean["label"] == "AIME24/25/26"  # MATH-500 is not part of it
     assert mean["avg"] == pytest.approx(np.mean([correct[name].mean() for name in AIME]))
-    assert mean["interval"] == list(statistics.mean_question_interval([correct[name] for name in AIME]))
+    three = [correct[name] for name in AIME]
+    assert mean["questions"] == 15
+    assert mean["interval"] == list(statistics.mean_question_interval(three))
+    assert mean["decoding_error"] == statistics.mean_decoding_error(three)
+    assert mean["pass_at_k"]["2"] == pytest.approx(np.mean([statistics.pass_at_k(rows, 2) for rows in three]))
+    assert mean["maj_at_k"] == pytest.approx(np.mean([report["benchmarks"][name]["maj_at_k"] for name in AIME]))
+    error = next(line for line in reporting.markdown(report).splitlines() if line.startswith("| math500 |"))
+    assert f"± {100 * report['benchmarks']['math500']['decoding_error']:.1f}" in error
 
 
 def test_rates_of_samples_that_are_not_answers(tmp_path):
@@ -159,7 +173,9 @@ def test_comparison_pairs_questions_whatever_their_order(tmp_path, correct, caps
     for name, (difference, low, high, p_value) in expected.items():
         assert (rows[name]["difference"], rows[name]["low"]) == pytest.approx((difference, low))
         assert (rows[name]["high"], rows[name]["p_value"]) == pytest.approx((high, p_value))
-    assert rows["AIME24/25/26"]["difference"] == pytest.approx(np.mean([expected[n][0] for n in AIME]))
+        assert (rows[name]["a"], rows[name]["b"]) == (better[name].mean(), correct[name].mean())
+    mean = statistics.mean_paired_difference([better[n] for n in AIME], [correct[n] for n in AIME])
+    assert tuple(rows["AIME24/25/26"][key] for key in ("difference", "low", "high", "p_value")) == pytest.approx(mean)
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c.json")]) == 0
     printed = capsys.readouterr().out
     assert f"{100 * rows['math500']['difference']:+.1f}" in printed
@@ -231,9 +247,13 @@ def test_mean_paired_difference_weighs_benchmarks_equally():
     rng = np.random.default_rng(5)
     a = [rng.random((10, 4)) < 0.7, rng.random((40, 4)) < 0.4]
     b = [rng.random((10, 4)) < 0.3, rng.random((40, 4)) < 0.4]
-    difference, low, high, _ = statistics.mean_paired_difference(a, b)
+    difference, low, high, p_value = statistics.mean_paired_difference(a, b)
     assert difference == pytest.approx(np.mean([x.mean() - y.mean() for x, y in zip(a, b, strict=True)]))
     assert low < difference < high
+    # By hand: flip the signs of all 50 differences, each weighted by one over its benchmark's size.
+    weighted = np.concatenate([(x.mean(1) - y.mean(1)) / len(x) for x, y in zip(a, b, strict=True)])
+    flipped = np.random.default_rng(0).choice([-1, 1], (100_000, 50)) @ weighted
+    assert p_value == pytest.approx((np.abs(flipped) >= abs(weighted.sum()) - 1e-12).mean(), abs=0.02)
 
 
 def test_paired_interval_covers_and_its_p_value_is_uniform_without_a_difference():

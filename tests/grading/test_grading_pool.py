@@ -62,10 +62,9 @@ def test_hostile_answers_harm_nobody_with_gmpy2(tmp_path):
 def test_replies_are_not_mixed_up_between_threads():
     golds = [str(n) for n in range(60)]
     with ThreadPoolExecutor(8) as threads:
-        outcomes = threads.map(lambda gold: grade(rf"\boxed{{{gold} + 0}}", gold).outcome, golds)
-        off_by_one = threads.map(lambda gold: grade(rf"\boxed{{{gold} + 1}}", gold).outcome, golds)
-        assert set(outcomes) == {"right"}
-        assert set(off_by_one) == {"wrong"}
+        asked = [(gold, step) for gold in golds for step in (0, 1)]  # right and wrong in turn, so that any two differ
+        outcomes = threads.map(lambda pair: grade(rf"\boxed{{{pair[0]} + {pair[1]}}}", pair[0]).outcome, asked)
+        assert list(outcomes) == ["right", "wrong"] * 60
 
 
 @pytest.fixture

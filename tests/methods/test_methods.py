@@ -91,6 +91,7 @@ SWITCHES = {
     "soft gate": {"soft_gate": True},
     "w_min": {"w_min": 1.0},
     "delta": {"delta": 1e9},
+    "horizon": {"horizon": 4},
 }
 
 
@@ -107,13 +108,56 @@ def test_ratio_cap_changes_the_gradient(tokens):
 
 
 def test_shuffled_weights_follow_the_responses_seed(tokens):
-    method = build("cppo", weights="shuffled")
+    method = build("cppo", weights="shuffled", w_min=0.2, delta=0.05, delta_b=0.1)
     whole = method(tokens).gate
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     reordered = Tokens(*[column[order] for column in tokens])
     assert torch.equal(method(reordered).gate, whole[order])
+    others = tokens._replace(response_seeds=tokens.response_seeds + 100)
+    assert not torch.equal(method(others).gate, whole)
     with pytest.raises(ValueError, match="needs one seed per response"):
         method(tokens._replace(response_seeds=None))
+
+
+CLIPPED = {
+    "grpo": lambda t: core.clip_loss(t.log_prob, t.rollout_log_prob, t.advantages, eps_low=0.2, eps_high=0.28),
+    "cispo": lambda t: core.cispo_loss(t.log_prob, t.rollout_log_prob, t.advantages, eps_low=1.0, eps_high=4.0),
+    "minpro": lambda t: core.minpro_loss(
+        t.log_prob, t.rollout_log_prob, t.advantages, t.valid, eps_low=0.2, eps_high=0.28
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((n, {}) for n in sorted(choices("method"))), ("cppo", {"soft_gate": True})]
+)
+def test_the_loss_is_the_cores(name, changes, tokens):
+    """Ratios up to e^4: beyond every clip and the cap of 20."""
+    far = tokens._replace(rollout_log_prob=tokens.rollout_log_prob - torch.linspace(0, 4, 12))
+    outcome = build(name, **changes)(far)
+    if name in CLIPPED:
+        want = CLIPPED[name](far)
+    else:
+        want = core.ratio_loss(far.log_prob, far.rollout_log_prob, far.advantages, outcome.gate, ratio_cap=20.0)
+    assert torch.equal(outcome.loss[far.valid], want[far.valid])
+
+
+def test_the_calibrated_budget_is_the_cores(tokens):
+    found = build("cppo", delta_b=0.01, delta_b_quantile=0.9, delta_b_max_factor=3.0)(tokens).delta_b
+    want = core.prefix_budget(tokens.divergence, tokens.valid, delta_b=0.01, quantile=0.9, max_factor=3.0)
+    assert torch.equal(found, want)
+    assert len(want.unique()) > 2
+
+
+def test_causes_are_the_thresholds(tokens):
+    far = (tokens.divergence > 0.1) & tokens.valid
+    assert torch.equal(build("dppo", delta=0.1)(tokens).token_cause, far)
+    outcome = build("grpo")(tokens)
+    assert torch.equal(outcome.token_cause, outcome.gate == 0)
+    limits = {"delta_max": 0.1, "delta_avg": 1e-9}
+    both = build("trm_max_avg", **limits)(tokens)
+    assert not both.gate[tokens.valid].any()
+    assert torch.equal(both.token_cause, far.any(-1, keepdim=True).expand(16, 12))
 
 
 def test_trm_masks_whole_responses(tokens):
@@ -130,7 +174,13 @@ def test_every_configured_divergence_exists(tokens):
         arguments = [tokens.log_prob.detach(), tokens.rollout_log_prob]
         if MEASURES[name].over_topk:  # K = 1: the sampled token
             arguments += [arguments[0][..., None], arguments[1][..., None], torch.ones(16, 12, dtype=torch.bool)]
-        assert (MEASURES[name].function(*arguments) >= 0).all()
+        mu, pi = tokens.rollout_log_prob.double().exp(), tokens.log_prob.detach().double().exp()
+        want = {
+            "tv": (pi - mu).abs(),
+            "kl": mu * (mu / pi).log() + (1 - mu) * ((1 - mu) / (1 - pi)).log(),
+            "k3": pi / mu - 1 - (pi / mu).log(),
+        }[name.rpartition("_")[2]]
+        torch.testing.assert_close(MEASURES[name].function(*arguments), want.float(), atol=2e-6, rtol=1e-3)
 
 
 def test_methods_know_nothing_of_their_caller(tokens):

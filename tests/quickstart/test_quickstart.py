@@ -31,8 +31,8 @@ def test_worked_answers_are_right_and_every_step_holds(splits):
     for problem in splits.heldout:
         text = worked_answer(problem)
         assert grade(text, str(problem.answer)).outcome == "right"
-        for left, right in re.findall(r"(\S+)=(-?\d+) ", text):
-            assert eval(left) == int(right)
+        steps = re.findall(r"(\S+)=(-?\d+) ", text)
+        assert [eval(left) for left, _ in steps] == [int(right) for _, right in steps] == problem.running_totals[1:]
 
 
 def test_sloppy_answers_are_boxed_and_mostly_wrong(splits):
