@@ -18,6 +18,8 @@ from cppo_verl.doctor.findings import Finding, Subject, fail, ok, readable, skip
 
 # Seconds for a check in this process: a file system that hangs, a hub that does not answer.
 LIMIT = 30.0
+# How the names of probes' temporary folders begin.
+SCRATCH = "cppo-doctor-"
 
 
 class Check(NamedTuple):
@@ -133,7 +135,7 @@ def probe(what: str, subject: Subject) -> Iterator[Finding]:
     tag = uuid.uuid4().hex
     environment = {**process_environment(subject.on_cpu, str(subject.model)), RUN_TAG: tag}
     environment.pop(RUN_FOLDER, None)
-    with tempfile.TemporaryDirectory(prefix="cppo-doctor-") as name:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
         folder = Path(name)
         OmegaConf.save(subject.config, folder / CONFIG, resolve=True)
         arguments = [what, name, "run"] if subject.described else [what, name]

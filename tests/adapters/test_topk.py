@@ -162,6 +162,12 @@ def not_a_number(data):
     data[ROLLOUT_TOPK_LOG_PROB].values()[7, 3] = float("nan")
 
 
+def lacking(data):
+    ids, sampled = data[TOPK_IDS].values(), data["responses"].values()
+    row = next(i for i in range(len(ids)) if sampled[i] in ids[i, : K // 2])
+    ids[row, ids[row] == sampled[row]] = next(n for n in range(VOCABULARY) if n not in ids[row])
+
+
 def too_probable(data):
     data[ROLLOUT_TOPK_LOG_PROB].values()[7, 10:] = -0.1
 
@@ -177,6 +183,7 @@ def too_probable(data):
         (negative, r"an id is outside the vocabulary"),
         (not_a_number, r"NaN or above 0: token 1 of response 2"),
         (too_probable, r"add up to more than 1"),
+        (lacking, r"the sampled token is missing although"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -268,10 +268,20 @@ def test_run_name_in_use(base, tmp_path):
     validate(configuration.compose([*base, "run.resume=true", "trainer.total_training_steps=50"]))
 
 
-def test_resuming_as_another_experiment_is_refused(base, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("method=dppo", "method"),
+        ("divergence.k=10", "divergence"),
+        ("run.seed=77", "run.seed"),
+        ("actor_rollout_ref.model.path=elsewhere", "actor_rollout_ref.model.path"),
+        ("data.train_batch_size=16", "data.train_batch_size"),
+    ],
+)
+def test_resuming_as_another_experiment_is_refused(base, tmp_path, change, key):
     (tmp_path / "new").mkdir()
-    OmegaConf.save(configuration.compose([*base, "method=dppo"]), tmp_path / "new/config.yaml", resolve=True)
-    assert "method was" in refusal([*base, "run.resume=true"])
+    OmegaConf.save(configuration.compose([*base, change]), tmp_path / "new/config.yaml", resolve=True)
+    assert f"run.resume=true: {key} was " in refusal([*base, "run.resume=true"])
 
 
 def test_a_colon_space_or_comma_in_a_path_is_only_a_path(live_assets, tmp_path):

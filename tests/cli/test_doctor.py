@@ -626,7 +626,7 @@ def test_the_real_thing(overrides, tmp_path):
     left = [
         process
         for process in psutil.process_iter(["cmdline"])
-        if "cppo-doctor-" in " ".join(process.info["cmdline"] or ())
+        if doctor.SCRATCH in " ".join(process.info["cmdline"] or ())
     ]
     assert left == []
 

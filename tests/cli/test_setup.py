@@ -52,9 +52,8 @@ def test_no_usable_python(tmp_path):
         (old.parent / name).symlink_to(old)
     done = setup("cpu", VENV=str(tmp_path / "venv"), PATH=f"{old.parent}:/usr/bin:/bin")
     assert done.returncode == 1
-    assert done.stderr == (
-        "setup: the cpu stack needs Python 3.11 to 3.12 (tested: 3.11); set PYTHON=/path/to/python\n"
-    )
+    assert "needs Python 3.11 to 3.12" in done.stderr
+    assert "PYTHON=" in done.stderr
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):

@@ -190,8 +190,8 @@ def test_a_fixed_budget_ignores_the_divergence(mask_dtype):
     assert torch.equal(budget, torch.full((5,), 0.015))
 
 
-def test_the_quantile_ignores_weights():
-    """P90 is over the unweighted D: a decreasing D and an increasing D share one budget."""
+def test_the_quantile_ignores_order():
+    """A decreasing D and an increasing D share one budget."""
     divergence = torch.linspace(0.02, 0.04, 50)[None]
     one = prefix_budget(divergence, torch.ones(1, 50), delta_b=0.02, quantile=0.9)
     two = prefix_budget(divergence.flip(1), torch.ones(1, 50), delta_b=0.02, quantile=0.9)

@@ -51,7 +51,6 @@ def test_masked_means_no_gradient_and_kept_means_some(name, tokens):
     valid = tokens.valid
     assert (slope[valid & (outcome.gate == 0)] == 0).all()
     assert (slope[valid & (outcome.gate == 1)] != 0).all()
-    assert (slope[~valid] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["cppo", "dppo", "grpo", "trm_max", "trm_avg", "trm_max_avg"])
