@@ -141,6 +141,7 @@ class Sweep:
             "weights_moved": float((final - first).abs().max()),
             "weights_differ": float((final - resumed).abs().max()),
             "weights_differ_relative_norm": float((final - resumed).norm() / final.norm()),
+            "validations": sum(map(len, validations(a).values())),
             "validations_equal": validations(a) == validations(b),
         }
 

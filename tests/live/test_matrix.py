@@ -88,3 +88,8 @@ def test_without_a_budget_nothing_is_masked_by_the_prefix(matrix, name):
 def test_calibrated_budget_varies_between_its_bounds(matrix):
     assert 0.0003 < share(matrix, "calibrated delta_b", "trust_region/delta_b") <= 0.0006 + 1e-9
     assert share(matrix, "cppo", "trust_region/delta_b") == pytest.approx(0.065)
+
+
+def test_groups_are_skipped_only_where_asked_for(matrix):
+    assert "groups/zero_variance" in matrix["cppo"][0]
+    assert "groups/zero_variance" not in matrix["mask_std_0 off"][0]

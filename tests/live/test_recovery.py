@@ -45,6 +45,7 @@ def test_a_run_killed_at_a_random_moment_ends_as_one_that_was_not(sweep):
     assert verdict["every_step_once"]
     assert verdict["responses_equal"] == verdict["responses"] == 6 * 32
     assert verdict["weights_differ"] <= 1e-6
+    assert verdict["validations"] == 2  # of steps 3 and 6, one set
     assert verdict["validations_equal"]
 
 
