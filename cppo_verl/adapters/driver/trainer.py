@@ -17,7 +17,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.tracking import Tracking
 
 from cppo_verl.adapters.actor.worker import TrustRegionActorWorker
-from cppo_verl.adapters.columns import DUMP_DIR, TOPK
+from cppo_verl.adapters.columns import DUMP_DIR, TOPK, TRAIN_ALL_ROWS
 from cppo_verl.adapters.driver.step_metrics import (
     aime_mean,
     outcome_metrics,
@@ -32,13 +32,14 @@ from cppo_verl.adapters.driver.trajectories import (
     problems_and_samples,
     put_response_seeds,
     shorten_padding_rows,
+    spread,
     zero_variance_groups,
 )
 from cppo_verl.checkpoint import retention
 from cppo_verl.run.log import RunLog, accuracies, read_metrics, validation_score
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
-_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/")
+_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/", "update/")
 
 
 class LoggedTracking:
@@ -215,13 +216,27 @@ class TrustRegionTrainer(PPOTrainerSync):
             skipped, metrics["groups/total"] = zero_variance_groups(batch, extra_fields)
             metrics["groups/zero_variance"] = len(skipped)
             if skipped:
-                clear_loss_mask(batch, [row for rows in skipped for row in rows])
+                rows = [row for rows in skipped for row in rows]
+                clear_loss_mask(batch, rows)
+                self._spread(batch, rows)
         return batch
+
+    def _spread(self, batch: KVBatchMeta, skipped: list[int]) -> None:
+        """Of the rows that are left each rank gets as much work as the others (not where the actor shuffles)."""
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        minibatches = len(batch) // (actor.ppo_mini_batch_size * rollout.n)
+        if ranks > 1 and not actor.shuffle and not self.run.train_all_rows:
+            out = {*skipped, *(row for row, tag in enumerate(batch.tags) if is_padding(tag))}
+            used = [row not in out for row in range(len(batch))]
+            batch.reorder(spread(used, [tag["seq_len"] for tag in batch.tags], ranks, minibatches))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if instantiate(self.config.method).needs_response_seeds:
             put_response_seeds(batch, self.run.seed, self.global_steps)
         dump = self.global_steps in self.run.dump_steps
+        # A dump shows the skipped groups too.
+        batch.extra_info[TRAIN_ALL_ROWS] = dump or self.run.train_all_rows
         batch.extra_info[DUMP_DIR] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump else ""
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.removeprefix("actor/").startswith(_OUR_FAMILIES)]:
