@@ -102,7 +102,7 @@ def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False, all_rows
         use_dynamic_bsz=dynamic,
         max_token_len_per_gpu=100 if dynamic else 4096,
         dump_dir=dump_dir,
-        train_all_rows=all_rows,
+        train_all_rows=all_rows or bool(dump_dir),  # as the trainer asks for in a dumped step
     )
     return tu.get(worker.train_mini_batch(batch), "metrics")
 
