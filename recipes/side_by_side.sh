@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CPPO and GRPO of this project, stock verl's GRPO and TRL's GRPOTrainer on the quickstart's task, one after the other:
-#   bash recipes/side_by_side.sh FOLDER     about 20 minutes a repeat on two CPU cores; run again, it goes on
+#   bash recipes/side_by_side.sh FOLDER     three times four trainings on two CPU cores; given again, it goes on
 # Writes side_by_side.jsonl, versions.json, a table (side_by_side.md) and a plot (side_by_side.svg) into FOLDER.
 # SEED (0; of the first repeat), REPEATS (3) and STEPS (10) may be set in the environment; TRL_VENV chooses the folder of
 # TRL's own Python environment (.venv-trl), VENV that of everything else. CPUs only.

@@ -121,12 +121,12 @@ def run_arm(arm: str, here: Path, settings: list[str], trl_python: str) -> list[
             end_run(process, tag, patience=15)
     closing: Record = {"event": "finished", "seconds": time.time() - started}
     if process.returncode != 0:
-        tail = log_file.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        tail = _without_places(log_file.read_text(errors="replace"), here).splitlines()[-LOG_LINES:]
         closing |= {"event": "failed", "status": process.returncode, "log": tail}
     opening = {
         "event": "started",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-        "command": shlex.join(words),
+        "command": _without_places(shlex.join(words), here),
     }
     return [opening, *_measured(arm, target, arrivals, started, config), closing]
 
@@ -147,6 +147,14 @@ def _measured(arm: str, target: Path, arrivals: list[float], started: float, con
     if arm == "stock":
         return stock_measured(target / "metrics.jsonl", arrivals, started, responses)
     return ours_measured(target, started, responses)
+
+
+def _without_places(text: str, here: Path) -> str:
+    """The same wherever checkout, environment and folder lie."""
+    places = {here.parent: "FOLDER", Path(sys.executable).parent: ".venv/bin", ROOT: "."}
+    for place, name in places.items():
+        text = text.replace(str(place), name)
+    return text
 
 
 def _lines(file: Path) -> int:
