@@ -10,6 +10,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ def main() -> int:
     if earlier:
         parser.error(f"{folder} holds a comparison of {earlier[0]}, not of {told}: give another folder")
     (folder / "versions.json").write_text(json.dumps(versions(asked.trl_python), indent=2) + "\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the arm that runs is ended
     all_well = True
     for repeat in range(asked.repeats):
         seed, here = asked.seed + repeat, folder / f"repeat-{repeat}"
