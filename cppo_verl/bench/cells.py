@@ -1,6 +1,7 @@
 """What ``cppo bench --costs`` and ``--quick`` measure: cells, each a part of ours at one size, and their records."""
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import psutil
 from cppo_verl.bench.timing import Effort
 from cppo_verl.run.log import read_lines, write_atomically
 
-# A part and its sizes; the record of a finished one also has "seconds", a list for each function that was timed.
+# A part and its sizes, and "variants" where not all of its functions are timed; the record of a finished one also has
+# "seconds", a list for each function that was.
 Cell = dict[str, Any]
 
 PLAN, RECORDS = "plan.json", "costs.jsonl"
@@ -66,9 +68,15 @@ def too_large(cell: Cell) -> str | None:
 
 def title(cell: Cell) -> str:
     """A cell in a line: its part and its sizes."""
-    sizes = {name: value for name, value in cell.items() if name not in ("part", "variants")}
-    words = [f"{value:,} {name}" if isinstance(value, int) else str(value) for name, value in sizes.items()]
+    words = [f"{cell[name]:,} {name}" for name in ("vocabulary", "responses", "tokens") if name in cell]
+    words += [cell[name] for name in ("dtype", "log_prob_dtype") if name in cell]
     return f"{cell['part']}: {', '.join(words)}"
+
+
+def summary(record: Cell) -> str:
+    """The line of a finished cell: its medians in milliseconds."""
+    medians = [f"{name} {statistics.median(values) * 1e3:.3g} ms" for name, values in record["seconds"].items()]
+    return f"{title(record)}: {', '.join(medians)}"
 
 
 def write_plan(folder: Path, cells: Sequence[Cell], effort: Effort) -> None:

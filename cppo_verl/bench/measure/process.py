@@ -20,7 +20,7 @@ def measure(cell: Cell, effort: Effort) -> Cell:
     module = import_module(f"cppo_verl.bench.measure.{MODULES[cell['part']]}")
     load = os.getloadavg()[0]
     functions, facts = getattr(module, cell["part"])(cell)
-    seconds = interleaved(functions, effort)
+    seconds = interleaved({name: functions[name] for name in cell.get("variants", functions)}, effort)
     rounded = {name: [float(f"{value:.4g}") for value in values] for name, values in seconds.items()}
     circumstances = {"threads": torch.get_num_threads(), "load": round(load, 1), "date": time.strftime("%Y-%m-%d")}
     return {**cell, **circumstances, **facts, "seconds": rounded}

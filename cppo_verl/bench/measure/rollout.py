@@ -14,6 +14,7 @@ from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
 from cppo_verl.bench.cells import Cell
 from cppo_verl.bench.model import tiny_model
 
+VARIANTS = ("none", "K=0", "K=1", "K=20", "vLLM's K=20", "K=64")
 _PROMPT_TOKENS = 16
 
 
@@ -37,7 +38,7 @@ def rollout(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]
                 if output.finished and variant.startswith("K=") and variant != "K=0":
                     output.outputs[0].logprobs.columns(cell["tokens"])
 
-    return {name: functools.partial(generate, name) for name in cell["variants"]}, {}
+    return {name: functools.partial(generate, name) for name in VARIANTS}, {}
 
 
 def sampling_params(variant: str, tokens: int) -> SamplingParams:
