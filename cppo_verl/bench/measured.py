@@ -37,7 +37,7 @@ class Progress:
         """Lines say it all."""
 
     def interrupted(self) -> None:
-        print("cppo bench: interrupted; the same command goes on where it was", file=sys.stderr)
+        print("cppo bench: interrupted", file=sys.stderr)
 
 
 def measure_cells(

@@ -23,6 +23,7 @@ from cppo_verl.problems import ConfigError
 from cppo_verl.run.log import write_atomically
 from cppo_verl.run.machine import cpu_name
 from cppo_verl.run.manifest import manifest
+from cppo_verl.run.supervisor import INTERRUPTED
 
 RATIOS = Path(__file__).with_name("ratios.json")
 
@@ -93,6 +94,8 @@ def measure(guards: Mapping[str, Guard]) -> dict[str, float]:
         folder = Path(directory)
         cells = [guard.cell for guard in guards.values()]
         status = measure_cells(folder, cells, _EFFORT, lambda record: names[record["part"]], _ENVIRONMENT)
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
         if status != 0:
             log = folder / "bench.log"
             tail = log.read_text(errors="replace").splitlines()[-20:] if log.exists() else []

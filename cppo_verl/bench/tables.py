@@ -28,8 +28,9 @@ def markdown(records: Sequence[Cell]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [header, *rows]
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(header), *body])
 
 
 def _mask(records: list[Cell]) -> str:
@@ -58,7 +59,7 @@ def _gather(records: list[Cell]) -> str:
     names = ("log_softmax", "log_softmax and backward", "hook", "copy")
     rows = []
     for record in records:
-        times = [f"{_median(record, name) * 1e3:.3g}" for name in names]
+        times = [_milliseconds(_median(record, name)) for name in names]
         ratios = [_with_interval(record, "hook", name) for name in names[:2]]
         rows.append([record["dtype"], f"{record['tokens']:,}", *times, *ratios])
     header = ["logits", "tokens", "forward, ms", "and backward, ms", "hook, ms", "copy alone, ms"]
@@ -133,6 +134,10 @@ def _ratio(record: Cell, ours: str, other: str) -> float:
 def _with_interval(record: Cell, ours: str, other: str) -> str:
     ratio = paired_ratio(record["seconds"][ours], record["seconds"][other])
     return f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def _nanoseconds(record: Cell, name: str) -> float:

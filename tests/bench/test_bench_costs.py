@@ -1,6 +1,7 @@
 """``cppo bench --costs``: cells, their records and the tables; what is timed is what training runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cppo_verl.bench.cells import by_process, grid, record_of, records, too_larg
 from cppo_verl.bench.measure import tensors
 from cppo_verl.bench.timing import Effort, interleaved
 from cppo_verl.cli import main
+from cppo_verl.run.log import read_lines
 
 
 def test_every_function_is_called_once_a_round():
@@ -123,3 +125,10 @@ def test_the_timed_mask_has_both_causes_and_the_timed_budget_is_calibrated():
     budget = tensors.quantile({"part": "quantile", **cell})[0]["quantile"]()
     assert ((budget >= tensors.DELTA_B) & (budget <= 2 * tensors.DELTA_B)).all()
     assert len(budget.unique()) > 1
+
+
+def test_the_documents_tables_are_those_of_the_committed_records():
+    docs = Path(__file__).parents[2] / "docs"
+    newest = max((docs / "results").glob("costs-*.jsonl"))
+    assert tables.markdown(list(read_lines(newest))) in (docs / "benchmarks.md").read_text()
+    assert f"(results/{newest.name})" in (docs / "benchmarks.md").read_text()
