@@ -56,7 +56,7 @@ GUARDS = {
     "mask / reading its tensors once": Guard({"part": "mask", "responses": 4, "tokens": 1024}, "mask", "read", 1.5),
     "calibrated budget / sort": Guard({"part": "quantile", "responses": 64, "tokens": 4096}, "quantile", "sort", 1.5),
     "Top-K gather / log-softmax": Guard(
-        {"part": "gather", "vocabulary": QWEN3_VOCABULARY, "dtype": "float32", "tokens": 64, "k": 20},
+        {"part": "gather", "vocabulary": QWEN3_VOCABULARY, "dtype": "float32", "tokens": 1024, "k": 20},
         "hook",
         "log_softmax",
         1.5,
@@ -144,6 +144,7 @@ def _renew() -> int:
         print(f"\nrun {number + 1} of {2 * _RUNS}, beside {busy} busy processes")
         with _busy_processes(busy):
             runs.append(measure(GUARDS))
+        print(", ".join(f"{name} {value:.3g}" for name, value in runs[-1].items()))
     made = manifest(["cppo", "bench", "--quick", "--write"])
     content = {
         "date": time.strftime("%Y-%m-%d"),
