@@ -135,9 +135,7 @@ class TrustRegionTrainer(PPOTrainerSync):
             return super().get_llm_client()
         # Before it has imported all of verl.
         ray.kill(servers.global_load_balancer)
-        return servers.get_client(
-            DirectClient, address=servers.server_addresses[0], server=servers.server_handles[0]
-        )
+        return servers.get_client(DirectClient, address=servers.server_addresses[0], server=servers.server_handles[0])
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()

@@ -14,7 +14,6 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK, TOPK_COLUMNS, TOPK_IDS
 from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
 
-
 # verl's name of our agent loop.
 AGENT_LOOP = "cppo_single_turn"
 
@@ -30,7 +29,9 @@ class TopKAgentLoopOutput(AgentLoopOutput):
     @classmethod
     def of(cls, output: AgentLoopOutput, columns: dict[str, torch.Tensor]) -> "TopKAgentLoopOutput":
         # Checked when it was made; each check goes through every token.
-        result = cls.model_construct(**{name: getattr(output, name) for name in output.model_fields_set | {"extra_fields"}})
+        result = cls.model_construct(
+            **{name: getattr(output, name) for name in output.model_fields_set | {"extra_fields"}}
+        )
         result._columns = columns
         return result
 

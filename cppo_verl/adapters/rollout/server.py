@@ -78,7 +78,7 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
 
 
 class TopKLogprobsProcessor(LogprobsProcessor):
-    """vLLM's per-request collector of log-probabilities, of the sampled tokens and, with ``TOPK``, of the K most likely.
+    """vLLM's per-request collector of log-probabilities: of the sampled tokens and, with ``TOPK``, of the K likeliest.
 
     Requests that ask for something else are vLLM's own business.
     """
@@ -87,7 +87,7 @@ class TopKLogprobsProcessor(LogprobsProcessor):
     def from_new_request(cls, tokenizer: Any, request: Any) -> LogprobsProcessor:
         params = request.sampling_params
         k = (params.extra_args or {}).get(TOPK)
-        if k is None and params.logprobs == 0 and params.prompt_logprobs is None:
+        if k is None and params.num_logprobs == 0 and params.prompt_logprobs is None:
             k = 0  # the sampled token's alone
         if k is None:
             return LogprobsProcessor.from_new_request(tokenizer, request)
@@ -120,6 +120,10 @@ class TopKServer(vLLMHttpServer):
     async def _generate_with_topk(
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
+        if request_id not in self._finished:  # not verl's: one of vLLM's HTTP endpoints
+            async for output in self._engine_generate(prompt, sampling_params, request_id, *args, **kwargs):
+                yield output
+            return
         k = (sampling_params.extra_args or {}).get(TOPK)
         if k is not None:
             sampling_params.logprobs = k
@@ -157,6 +161,7 @@ class TopKServer(vLLMHttpServer):
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **request: Any
     ) -> TokenOutput:
+        self._finished[request_id] = {}
         try:
             output = await super().generate(prompt_ids, sampling_params, request_id, **request)
         finally:

@@ -1,8 +1,8 @@
 """verl's agent loop workers without what they do anew for every response: ``agent.agent_loop_manager_class``.
 
-verl makes an agent loop by Hydra for each response, renders its prompt, and hands it on by a Ray call to a reward worker
-and a put into TransferQueue. Here the loop is made once and a prompt rendered once for its group, and responses that
-finish while a call is under way go on together in the next one. What is stored is the same, field by field.
+verl makes an agent loop by Hydra for each response, renders its prompt, and hands it on by a Ray call to a reward
+worker and a put into TransferQueue. Here the loop is made once and a prompt rendered once for its group, and responses
+that finish while a call is under way go on together in the next one. What is stored is the same, field by field.
 """
 
 import asyncio
@@ -38,6 +38,9 @@ from cppo_verl.adapters.rollout.batching import Batched
 # A response on its way to a reward worker: what was generated, and its row of the data set.
 Ungraded = tuple[AgentLoopOutput, dict[str, Any]]
 
+# The arguments of a put: partition, keys, fields, tags.
+Put = tuple[str, list[str], list[dict[str, Any]], list[dict[str, Any]]]
+
 
 class QueueInBatches:
     """What verl's worker sees as ``transfer_queue``: its own, but puts of whole responses go together."""
@@ -53,7 +56,7 @@ class QueueInBatches:
     ) -> None:
         await self._put((partition_id, keys, fields, tags))
 
-    async def _put_all(self, puts: list[tuple[str, list[str], list[dict[str, Any]], list[dict[str, Any]]]]) -> list[None]:
+    async def _put_all(self, puts: list[Put]) -> list[None]:
         # A column must be there for all rows of a put: an aborted response has no log-probabilities.
         together: dict[Any, list[tuple[str, dict[str, Any], dict[str, Any]]]] = defaultdict(list)
         for partition_id, keys, fields, tags in puts:
