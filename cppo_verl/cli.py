@@ -153,6 +153,14 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         help="what to compare with (default: all); write -- before overrides that follow",
     )
     bench.add_argument("--vocabulary", type=int, help="use a tiny random model with this many tokens, e.g. 151936")
+    instead = bench.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--costs", type=Path, metavar="FOLDER", help="instead: cost of each part of ours as work grows, on the CPU"
+    )
+    instead.add_argument(
+        "--quick", action="store_true", help="instead: ratios against the committed ones; exit status 1 above a limit"
+    )
+    bench.add_argument("--write", action="store_true", help="with --quick: measure the committed ratios anew")
 
 
 def _positive(text: str) -> int:

@@ -22,3 +22,6 @@ RESPONSE_SEEDS = "response_seeds"
 
 # In a training batch: the folder that its micro-batches are dumped to, "" for none.
 DUMP_DIR = "dump_dir"
+
+# In a training batch: rows without a token in the loss are passed through the model as well.
+TRAIN_ALL_ROWS = "train_all_rows"

@@ -32,20 +32,22 @@ def check() -> None:
     """Assert version and signatures of everything we override or call. Imports verl (a few seconds)."""
     check_verl_version()
     problems = [problem for seam, wanted in _verl_seams() if (problem := _mismatch(seam, wanted))]
-    vllm = importlib.util.find_spec("vllm")
-    if vllm is None or vllm.origin is None:
-        raise IncompatibleError("vllm is not installed; run scripts/setup.sh")
-    problems += vllm_mismatches(Path(vllm.origin).parent)
+    for package, seams in (("vllm", _VLLM_SEAMS), ("verl", _VERL_SERVER_SEAMS)):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise IncompatibleError(f"{package} is not installed; run scripts/setup.sh")
+        problems += source_mismatches(Path(spec.origin).parent, seams)
     if problems:
         raise IncompatibleError("verl or vLLM differs from what cppo_verl was written for: " + "; ".join(problems))
 
 
 # (file inside the vllm package, class or function, the fields, methods, parameters or names in it that we rely on)
-_VLLM_SEAMS = (
+Seam = tuple[str, str, tuple[str, ...]]
+_VLLM_SEAMS: tuple[Seam, ...] = (
     (
         "sampling_params.py",
         "SamplingParams",
-        ("seed", "logprobs", "temperature", "top_p", "top_k", "max_tokens", "extra_args"),
+        ("seed", "logprobs", "temperature", "top_p", "top_k", "max_tokens", "extra_args", "output_kind"),
     ),
     (
         "v1/engine/logprobs.py",
@@ -61,11 +63,19 @@ _VLLM_SEAMS = (
     ("model_executor/layers/utils.py", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
 )
 
+# verl's own module that imports all of vLLM, which is not to be waited for here.
+_SERVER = "workers/rollout/vllm_rollout/vllm_async_server.py"
+_VERL_SERVER_SEAMS: tuple[Seam, ...] = (
+    (_SERVER, "vLLMHttpServer.run_server", ("self", "args")),
+    (_SERVER, "vLLMHttpServer.generate", ("self", "prompt_ids", "sampling_params", "request_id")),
+    ("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopWorkerTQ", ("tq", "list_of_dict_to_tensordict")),
+)
 
-def vllm_mismatches(package: Path) -> list[str]:
-    """What is missing from the vLLM sources in ``package``; read, not imported, so that any version can be checked."""
+
+def source_mismatches(package: Path, seams: tuple[Seam, ...] = _VLLM_SEAMS) -> list[str]:
+    """What is missing from the sources in ``package``; read, not imported, so that any version can be checked."""
     problems = []
-    for file, name, wanted in _VLLM_SEAMS:
+    for file, name, wanted in seams:
         path = package / file
         tree = ast.parse(path.read_text()) if path.exists() else ast.Module([], [])
         body: list[ast.stmt] = tree.body
@@ -75,7 +85,7 @@ def vllm_mismatches(package: Path) -> list[str]:
         found = next((_names(node) for node in body if getattr(node, "name", None) == name), None)
         absent = wanted if found is None else [word for word in wanted if word not in found]
         if absent:
-            problems.append(f"vllm/{file}: {name} lacks {', '.join(absent)}")
+            problems.append(f"{package.name}/{file}: {name} lacks {', '.join(absent)}")
     return problems
 
 
@@ -85,7 +95,7 @@ def _names(node: ast.stmt) -> set[str]:
         return {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
     body = getattr(node, "body", [])
     fields = {item.target.id for item in body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
-    methods = [item for item in body if isinstance(item, ast.FunctionDef)]
+    methods = [item for item in body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
     looked_up = {name.id for item in methods for name in ast.walk(item) if isinstance(name, ast.Name)}
     return fields | {item.name for item in methods} | looked_up
 
@@ -94,10 +104,12 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     """(callable, the parameter names we pass or override)."""
     from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
     from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+    from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
     from verl.trainer.ppo.metric_utils import bootstrap_metric
     from verl.trainer.ppo.v1 import PPOTrainerSync
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
     from verl.utils import tensordict_utils
     from verl.utils.distributed import initialize_global_process_group_ray
@@ -105,10 +117,11 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     from verl.utils.ulysses import slice_input_tensor
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+    from verl.workers.rollout.llm_server import LLMServerClient
     from verl.workers.rollout.replica import RolloutReplicaRegistry
-    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
     from verl.workers.utils.padding import no_padding_2_padding
 
+    agent_loop_worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
     return [
         (run_ppo, ("config", "task_runner_class")),
         (agg_loss, ("loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens", "loss_scale_factor")),
@@ -124,8 +137,12 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (FSDPEngineWithLMHead.prepare_model_outputs, ("output", "output_args", "micro_batch", "logits_processor_func")),
         (slice_input_tensor, ("x", "dim")),
         (RolloutReplicaRegistry.register, ("name", "loader")),
-        (vLLMHttpServer.run_server, ("self", "args")),
-        (vLLMHttpServer.generate, ("self", "prompt_ids", "sampling_params", "request_id")),
+        (agent_loop_worker._run_agent_loop, ("self", "sampling_params", "trajectory", "agent_name", "trace")),
+        (agent_loop_worker._compute_score, ("self", "outputs", "kwargs")),
+        (RewardLoopWorker.compute_score_batch, ("self", "data")),
+        (LLMServerClient._acquire_server, ("self", "request_id")),
+        (LLMServerClient._release_server, ("self", "server_id", "request_id")),
+        (PPOTrainerSync.get_llm_client, ("self",)),
         (AgentLoopOutput.as_dict, ("self",)),
         (ReplayBuffer.__init__, ("poll_interval",)),
         (TaskRunnerV1.__ray_metadata__.modified_class.init_agent_loop_manager, ("self",)),

@@ -1,10 +1,12 @@
 """``cppo bench``: compose a run that swaps variants, train it, show the ratios."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from cppo_verl.bench.figures import summarize
+from cppo_verl.bench.model import embedding_megabytes, tiny_model
 from cppo_verl.bench.variants import OURS
 from cppo_verl.config.compose import compose, run_folder
 from cppo_verl.config.validate import validate
@@ -12,7 +14,24 @@ from cppo_verl.problems import ConfigError
 from cppo_verl.training.launcher import launch
 
 
-def bench(overrides: list[str], rounds: int, against: list[str], vocabulary: int | None) -> int:
+def bench(overrides: list[str], costs: Path | None, quick: bool, write: bool, **options: Any) -> int:
+    """A step against others, or one of the two other measurements; returns the exit status."""
+    if overrides and (costs is not None or quick):
+        raise ConfigError(f"--costs and --quick take no settings; got {' '.join(overrides)}")
+    if write and not quick:
+        raise ConfigError("--write renews the ratios of --quick; give both")
+    if costs is not None:
+        from cppo_verl.bench.costs import costs as measure_costs
+
+        return measure_costs(costs)
+    if quick:
+        from cppo_verl.bench.quick import quick as compare
+
+        return compare(write)
+    return bench_step(overrides, **options)
+
+
+def bench_step(overrides: list[str], rounds: int, against: list[str], vocabulary: int | None) -> int:
     """Train ``rounds`` rounds of one step of each variant; returns the exit status.
 
     Args:
@@ -34,9 +53,9 @@ def bench(overrides: list[str], rounds: int, against: list[str], vocabulary: int
         "+bench.binary=null",
     ]
     if vocabulary is not None:
-        folder, megabytes = _wide_model(vocabulary)
         bucket = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
-        fixed += [f"actor_rollout_ref.model.path={folder}", f"{bucket}={megabytes}"]
+        fixed += [f"actor_rollout_ref.model.path={tiny_model(vocabulary)}"]
+        fixed += [f"{bucket}={embedding_megabytes(vocabulary)}"]
     config = compose([*overrides, *fixed])
     validate(config)
     # Taken out of the divergence node, which a step of the "binary" variant replaces.
@@ -48,16 +67,3 @@ def bench(overrides: list[str], rounds: int, against: list[str], vocabulary: int
     for name, text in summarize(run_folder(config)) if status == 0 else ():
         print(f"{name:<32} {text}")
     return status
-
-
-def _wide_model(vocabulary: int) -> tuple[Path, int]:
-    """The quickstart's model with random weights and ``vocabulary`` tokens, made once, and its embedding's MiB + 1."""
-    from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
-
-    folder = Path(f"runs/bench-model-{vocabulary}").absolute()
-    shape = ModelShape(vocabulary=vocabulary)
-    if not (folder / "tokenizer_config.json").exists():  # written last: an interrupted build is made again
-        tokenizer = build_tokenizer(shape)
-        build_model(shape, tokenizer, seed=0).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folder, 4 * vocabulary * shape.hidden_size // 2**20 + 1

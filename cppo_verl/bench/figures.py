@@ -1,7 +1,9 @@
 """What ``cppo bench`` measured: median ratios of each timing with intervals, computed from a run's bench.jsonl."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -15,6 +17,21 @@ STEPS_FILE = "bench.jsonl"
 _BENCH_MEASURES = {"step": "s", "gen_per_token": "s", "update_actor": "s", "peak_memory_gb": "GiB"}
 
 
+class Ratio(NamedTuple):
+    """A median of paired ratios with its 95% bootstrap interval over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_ratio(ours: Sequence[float], other: Sequence[float]) -> Ratio:
+    """Of what was measured in the same rounds."""
+    ratios = np.divide(ours, other)
+    interval = bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
+    return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
+
+
 def summarize(folder: Path) -> list[tuple[str, str]]:
     """Median ratio "ours / other" of each timing with its 95% bootstrap interval over rounds; also in bench.json."""
     rounds: dict[int, dict[str, dict[str, float]]] = {}
@@ -25,24 +42,24 @@ def summarize(folder: Path) -> list[tuple[str, str]]:
     figures, rows = [], []
     for other in sorted(variants - {"ours"}):
         for measure, unit in _BENCH_MEASURES.items():
-            ratios = np.array([entry["ours"][measure] / entry[other][measure] for entry in complete])
-            interval = bootstrap((ratios,), np.median, confidence_level=0.95, rng=0).confidence_interval
-            medians = {name: float(np.median([entry[name][measure] for entry in complete])) for name in ("ours", other)}
+            values = {name: [entry[name][measure] for entry in complete] for name in ("ours", other)}
+            ratio = paired_ratio(values["ours"], values[other])
+            medians = {name: float(np.median(found)) for name, found in values.items()}
             figures.append(
                 {
                     "against": other,
                     "measure": measure,
                     "rounds": len(complete),
-                    "median_ratio": float(np.median(ratios)),
-                    "low": float(interval.low),
-                    "high": float(interval.high),
+                    "median_ratio": ratio.median,
+                    "low": ratio.low,
+                    "high": ratio.high,
                     "medians": medians,
                 }
             )
             rows.append(
                 (
                     f"{measure} / {other}",
-                    f"{np.median(ratios):.3f} (95% {interval.low:.3f} to {interval.high:.3f}, {len(complete)} rounds; "
+                    f"{ratio.median:.3f} (95% {ratio.low:.3f} to {ratio.high:.3f}, {len(complete)} rounds; "
                     f"{medians['ours']:.3g} {unit} against {medians[other]:.3g} {unit})",
                 )
             )

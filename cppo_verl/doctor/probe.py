@@ -137,9 +137,9 @@ def _signatures(config: DictConfig) -> str:
 def _rollout_server(config: DictConfig) -> str:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    from cppo_verl.adapters.rollout import server
+    from cppo_verl.adapters.rollout import registration, server
 
-    server.register()
+    registration.register()
     found = RolloutReplicaRegistry.get(config.actor_rollout_ref.rollout.name)
     if found is not server.TopKReplica:
         raise RuntimeError(f"rollout.name={config.actor_rollout_ref.rollout.name} means {found.__name__}, not ours")

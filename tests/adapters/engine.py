@@ -9,6 +9,7 @@ are to be compared with - the full distributions - goes to FOLDER/truth, verl's 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def build_worker(config):
     return worker
 
 
-def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False):
+def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False, all_rows=False):
     from verl.utils import tensordict_utils as tu
 
     batch = batch.clone()
@@ -101,6 +102,7 @@ def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False):
         use_dynamic_bsz=dynamic,
         max_token_len_per_gpu=100 if dynamic else 4096,
         dump_dir=dump_dir,
+        train_all_rows=all_rows or bool(dump_dir),  # as the trainer asks for in a dumped step
     )
     return tu.get(worker.train_mini_batch(batch), "metrics")
 
@@ -120,7 +122,30 @@ def updates(folder, rank, world):
             metrics = update(worker, batch, None if dynamic else size, dump, dynamic)
             plain = {name: torch.tensor(value).double().mean().item() for name, value in metrics.items()}
             file.write(json.dumps({"micro_batch_size": size, **plain}) + "\n")
+        for left_out in OmegaConf.to_object(config.get("left_out", OmegaConf.create([]))):
+            for size in (4, "dynamic"):
+                for all_rows in (True, False):
+                    rest = without_signal(batch, rows[share], left_out)
+                    size_or_none, dynamic = (None, True) if size == "dynamic" else (size, False)
+                    seconds = time.perf_counter()
+                    metrics = update(worker, rest, size_or_none, dynamic=dynamic, all_rows=all_rows)
+                    seconds = time.perf_counter() - seconds
+                    plain = {name: torch.tensor(value).double().mean().item() for name, value in metrics.items()}
+                    line = {"left_out": left_out, "micro_batch_size": size, "all_rows": all_rows, "seconds": seconds}
+                    file.write(json.dumps({**line, **plain}) + "\n")
     worker.save_checkpoint(f"{folder}/checkpoints/global_step_4/actor")
+
+
+def without_signal(batch, rows, left_out):
+    """The batch with the loss mask of this rank's rows cleared from ``left_out[0]`` to ``left_out[1]``."""
+    first, last = left_out
+    masks = [
+        torch.zeros_like(row["loss_mask"]) if first <= place < last else row["loss_mask"]
+        for place, row in enumerate(rows)
+    ]
+    batch = batch.clone()
+    batch["loss_mask"] = nested(masks)
+    return batch
 
 
 def main(rank, world, port, *folders):

@@ -19,7 +19,7 @@ def test_installed_packages_have_every_seam():
 
 def test_installed_vllm_is_the_tested_cpu_version():
     package = Path(importlib.util.find_spec("vllm").origin).parent
-    assert compat.vllm_mismatches(package) == []
+    assert compat.source_mismatches(package) == []
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def gpu_vllm(tmp_path_factory):
 
 
 def test_gpu_vllm_has_every_seam(gpu_vllm):
-    assert compat.vllm_mismatches(gpu_vllm) == []
+    assert compat.source_mismatches(gpu_vllm) == []
 
 
 def test_a_renamed_parameter_is_missed(tmp_path):
@@ -56,7 +56,7 @@ def test_a_renamed_parameter_is_missed(tmp_path):
     (package / "v1/engine/output_processor.py").write_text(
         "class RequestState:\n    def from_new_request(self):\n        logprobs = logprobs_processor.of(request)\n"
     )
-    problems = "\n".join(compat.vllm_mismatches(package))
+    problems = "\n".join(compat.source_mismatches(package))
     assert "SamplingParams lacks logprobs" in problems
     assert "dispatch_cpu_unquantized_gemm lacks remove_weight" in problems
     assert "generate lacks sampling_params" in problems

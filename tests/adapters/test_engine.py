@@ -87,6 +87,7 @@ def one_rank(engine_config, tmp_path_factory):
         "topk_tv packed": engine_config(PACKED),
         "shuffled": engine_config("method.weights=shuffled"),
         "free": engine_config("method.delta=1e9", "method.delta_b=null"),
+        "left out": engine_config("+left_out=[[0,0],[0,1],[3,9],[1,16],[0,16]]"),
     }
     return run_engine(configs, tmp_path_factory.mktemp("engine"), world=1)
 
@@ -94,7 +95,12 @@ def one_rank(engine_config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(engine_config, tmp_path_factory):
     cards = "trainer.n_gpus_per_node=2"
-    configs = {"topk_tv": engine_config(cards), "topk_kl packed": engine_config(cards, "divergence=topk_kl", PACKED)}
+    configs = {
+        "topk_tv": engine_config(cards),
+        "topk_kl packed": engine_config(cards, "divergence=topk_kl", PACKED),
+        # A rank's 8 rows: none, some, all of one rank's but one.
+        "left out": engine_config(cards, "+left_out=[[0,0],[2,7],[1,8]]"),
+    }
     return run_engine(configs, tmp_path_factory.mktemp("engine2"), world=2)
 
 
@@ -241,3 +247,27 @@ def test_the_mask_changes_the_gradient(one_rank, linear):
     free = one_rank["free"][1][0][2]
     assert free["trust_region/masked"] == 0
     assert abs(free["grad_norm"] / linear[1][2]["grad_norm"] - 1) > 1e-2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_without_a_signal_are_left_out_and_change_nothing(one_rank, two_ranks, world):
+    """Gradient, loss and metrics of the same minibatch with and without its skipped rows in the passes."""
+    _, ranks = (one_rank if world == 1 else two_ranks)["left out"]
+    lines = [line for line in ranks[0] if "left_out" in line]
+    assert len(lines) == 4 * (5 if world == 1 else 3)
+    assert not [line for line in lines[::2] if "update/trained_share" in line]
+    for whole, part in zip(lines[::2], lines[1::2], strict=True):
+        assert (whole["all_rows"], part["all_rows"]) == (True, False)
+        if part["update/skipped_minibatches"]:
+            assert part["left_out"] == [0, 16]
+            assert whole["grad_norm"] == 0
+            assert "grad_norm" not in part  # no step was taken
+            continue
+        assert part["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+        assert part["loss"] == pytest.approx(whole["loss"], rel=1e-4, abs=1e-7)
+        for name in whole:
+            if name.startswith(("trust_region/", "divergence/", "policy/", "rollout/")):
+                assert part[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-9), name
+    shares = [line["update/trained_share"] for line in lines[1::4]]
+    # Response 4 has no signal in any case; on two ranks it is the third row of the first.
+    assert shares == ([15 / 16, 14 / 16, 10 / 16, 1 / 16, 0] if world == 1 else [15 / 16, 6 / 16, 2 / 16])

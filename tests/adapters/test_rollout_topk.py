@@ -52,14 +52,36 @@ def test_arrays_are_what_vllms_own_collector_holds():
         assert set(row.tolist()) <= set(position)
 
 
-def test_other_requests_get_vllms_own_collector():
+@pytest.mark.parametrize("extra_args", [None, {}, {"kv_transfer_params": {}}])
+def test_other_requests_get_vllms_own_collector(extra_args):
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
     from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
 
-    for extra_args in (None, {}, {"kv_transfer_params": {}}):
-        processor = TopKLogprobsProcessor.from_new_request(None, request(extra_args, logprobs=0))
+    for logprobs in (None, 3):
+        processor = TopKLogprobsProcessor.from_new_request(None, request(extra_args, logprobs=logprobs))
         assert type(processor) is LogprobsProcessor
+
+
+def test_the_sampled_tokens_alone_are_what_vllms_own_collector_holds():
+    """A validation asks for them; in place of a dictionary and an object for each token."""
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
+
+    ours = TopKLogprobsProcessor.from_new_request(None, request(None, logprobs=0))
+    stock = LogprobsProcessor.from_new_request(None, request(None, logprobs=0))
+    assert isinstance(ours, TopKLogprobsProcessor)
+    steps = [logprobs_lists(1 + seed % 3, 0, seed) for seed in range(50)]
+    for step in steps:
+        for processor in (ours, stock):
+            processor.update_from_output(SimpleNamespace(new_logprobs=step, new_prompt_logprobs_tensors=None))
+    sampled = np.concatenate([step.logprob_token_ids[:, 0] for step in steps]).tolist()
+    read = [
+        [position[sampled[i]].logprob for i, position in enumerate(held)] for held in (ours.logprobs, stock.logprobs)
+    ]
+    assert read[0] == read[1]
+    assert len(read[0]) == len(sampled)
 
 
 def trajectory(tokens, *, cut=None, dtype=torch.float32, seed=0):

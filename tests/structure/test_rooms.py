@@ -19,7 +19,8 @@ ROOMS = (
 )
 # Outside adapters/ only the processes that are started for it touch verl, Ray and vLLM.
 HEAVY = {"verl", "ray", "vllm", "transfer_queue"}
-PROCESSES = ("bench.rounds", "doctor.probe", "evaluation.generation")
+MEASURED = tuple(f"bench.measure.{name}" for name in ("engine", "rollout", "tensors", "transfer"))
+PROCESSES = ("bench.rounds", *MEASURED, "doctor.probe", "evaluation.generation")
 
 
 def modules(package):

@@ -7,6 +7,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
+from cppo_verl.adapters.actor.selection import select_rows
+from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
 
 
 class TrustRegionTrainingWorker(TrainingWorker):
@@ -16,18 +18,53 @@ class TrustRegionTrainingWorker(TrainingWorker):
 
     def train_mini_batch(self, data: TensorDict) -> TensorDict | None:
         self.loss_fn.begin_update()
+        self._rows, self._trained, self._skipped = 0, 0, 0
         # verl's name for "show the loss function the logits too".
         tu.assign_non_tensor(data, distillation_use_topk=self.loss_fn.needs_logits)
         output = super().train_mini_batch(data)
         if output is not None:
             statistics = self.loss_fn.statistics
             statistics.reduce(self.engine.get_data_parallel_group())
-            tu.assign_non_tensor(output, metrics={**tu.get(output, "metrics"), **statistics.metrics()})
+            update = {}
+            if self._rows:  # 0 where all rows are trained on purpose
+                update["update/trained_share"] = self._trained / self._rows
+                update["update/skipped_minibatches"] = float(self._skipped)
+            # verl takes it for granted; nothing was computed where every minibatch was skipped.
+            metrics = {"mfu": 0.0, **tu.get(output, "metrics")}
+            tu.assign_non_tensor(output, metrics={**metrics, **statistics.metrics(), **update})
         return output
 
     def train_batch(self, data: TensorDict) -> TensorDict | None:
+        """One minibatch, of the rows that have a signal; without any the optimizer takes no step."""
         self.loss_fn.begin_minibatch()
+        if not tu.get_non_tensor_data(data, key=TRAIN_ALL_ROWS, default=False):
+            selected, trained, rows = select_rows(self._with_sizes(data), self.engine.get_data_parallel_group())
+            self._trained, self._rows = self._trained + trained, self._rows + rows
+            if selected is None:
+                return self._skip(data)
+            data = selected
         return super().train_batch(data)
+
+    def _with_sizes(self, data: TensorDict) -> TensorDict:
+        """With the sizes of micro-batches that verl would put in next, from the engine's settings."""
+        engine = self.engine_config
+        sizes = {
+            "use_dynamic_bsz": engine.use_dynamic_bsz,
+            "max_token_len_per_gpu": engine.max_token_len_per_gpu,
+            "micro_batch_size_per_gpu": engine.micro_batch_size_per_gpu,
+        }
+        tu.assign_non_tensor(data, **{name: size for name, size in sizes.items() if name not in data})
+        return data
+
+    def _skip(self, data: TensorDict) -> TensorDict | None:
+        """The outcome of a minibatch in which nothing was trained; the learning rate's schedule goes on."""
+        self._skipped += 1
+        metrics = {"loss": 0.0}
+        if tu.get(data, key="update_lr_scheduler", default=False):
+            metrics["lr"] = self.engine.lr_scheduler_step()
+        if not self.engine.is_mp_src_rank_with_outputs():
+            return None
+        return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics})
 
 
 class TrustRegionActorWorker(ActorRolloutRefWorker):

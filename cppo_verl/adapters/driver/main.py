@@ -41,16 +41,15 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
 
         from cppo_verl.adapters.driver import resampling
         from cppo_verl.adapters.driver.trainer import TrustRegionTrainer
-        from cppo_verl.adapters.rollout import server
+        from cppo_verl.adapters.rollout import registration
 
-        server.register()
+        registration.register()
         resampling.install()
         configure_verl_logging()
         config.transfer_queue.enable = True
         OmegaConf.resolve(config)
         self.config = config
         RunLog(f"{config.run.dir}/{config.run.name}").event("starting workers")
-        tq.init(config.transfer_queue)
         succeeded = False
         try:
             self.trainer = (self.trainer_class or TrustRegionTrainer)(config=config)
@@ -66,8 +65,31 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
             finally:
                 tq.close()
 
+    def init_agent_loop_manager(self) -> None:
+        if self.trainer.agent_loops is None:
+            super().init_agent_loop_manager()
+        else:
+            self.agent_loop_manager = self.trainer.agent_loops
+            self.agent_loop_manager.connect(self.trainer.get_llm_client())
+
     def fit(self, config: DictConfig) -> None:
         self.trainer.fit(self.agent_loop_manager)
+
+
+class InThisProcess:
+    """Stands for an actor class in verl's ``run_ppo``: its one method, ``run``, is called right here.
+
+    An actor's own process would import all of verl and vLLM once more before anything starts. On an accelerator it is
+    worth that: Ray hides the devices from an actor that asks for none.
+    """
+
+    def __init__(self, actor_class: Any) -> None:
+        self._class = actor_class.__ray_metadata__.modified_class
+        self.run = self
+
+    def remote(self, *arguments: Any) -> Any:
+        """First verl makes the actor, then it calls its method, whose result it waits for."""
+        return ray.put(self._class().run(*arguments)) if arguments else self
 
 
 def train(config: DictConfig, runner: Any = TaskRunner) -> None:
@@ -77,7 +99,7 @@ def train(config: DictConfig, runner: Any = TaskRunner) -> None:
         raise RuntimeError("trainer.device=cpu needs VERL_PLATFORM=cpu in the environment; cppo train sets it")
     config.ray_kwargs.ray_init = ray_settings(config.ray_kwargs.ray_init, os.environ)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-    run_ppo(config, task_runner_class=runner)
+    run_ppo(config, task_runner_class=InThisProcess(runner) if config.trainer.device == "cpu" else runner)
 
 
 def ray_settings(settings: DictConfig, environment: Mapping[str, str]) -> DictConfig:

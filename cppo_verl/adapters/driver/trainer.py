@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import transfer_queue as tq
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.experimental.reward_loop import RewardLoopManager
+from verl.single_controller.ray import RayWorkerGroup
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils import tensordict_utils as tu
 from verl.utils.tracking import Tracking
+from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.replica import get_rollout_replica_class
 
 from cppo_verl.adapters.actor.worker import TrustRegionActorWorker
-from cppo_verl.adapters.columns import DUMP_DIR, TOPK
+from cppo_verl.adapters.columns import DUMP_DIR, TOPK, TRAIN_ALL_ROWS
 from cppo_verl.adapters.driver.step_metrics import (
     aime_mean,
     outcome_metrics,
@@ -32,13 +37,16 @@ from cppo_verl.adapters.driver.trajectories import (
     problems_and_samples,
     put_response_seeds,
     shorten_padding_rows,
+    spread,
     zero_variance_groups,
 )
+from cppo_verl.adapters.rollout.client import DirectClient
+from cppo_verl.adapters.rollout.workers import TrustRegionAgentLoopManager
 from cppo_verl.checkpoint import retention
 from cppo_verl.run.log import RunLog, accuracies, read_metrics, validation_score
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
-_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/")
+_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/", "update/")
 
 
 class LoggedTracking:
@@ -67,6 +75,7 @@ class TrustRegionTrainer(PPOTrainerSync):
     def __init__(self, config: DictConfig) -> None:
         self.run = config.run
         self.log = RunLog(f"{config.run.dir}/{config.run.name}")
+        self.agent_loops: TrustRegionAgentLoopManager | None = None
         self._tracking: LoggedTracking | None = None
         self._validation_samples: dict[str, Any] | None = None
         self._step_metrics: dict[str, Any] = {}
@@ -90,10 +99,43 @@ class TrustRegionTrainer(PPOTrainerSync):
             step, metrics = self._unlogged
             self._tracking.log(metrics, step)
 
+    # verl starts one kind of process after the other. Two assignments tell when it is about to wait for one of them, in
+    # which time the next can be started: processes spend the most of their start importing.
+    @property
+    def actor_rollout_wg(self) -> RayWorkerGroup:
+        return self._actors
+
+    @actor_rollout_wg.setter
+    def actor_rollout_wg(self, actors: RayWorkerGroup) -> None:
+        self._actors = actors
+        tq.init(self.config.transfer_queue)
+        get_rollout_replica_class("vllm")  # imports vLLM
+
+    @property
+    def reward_loop_manager(self) -> RewardLoopManager:
+        return self._rewards
+
+    @reward_loop_manager.setter
+    def reward_loop_manager(self, rewards: RewardLoopManager) -> None:
+        self._rewards = rewards
+        chosen = self.config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+        if chosen == f"{TrustRegionAgentLoopManager.__module__}.{TrustRegionAgentLoopManager.__name__}":
+            self.agent_loops = TrustRegionAgentLoopManager.create(
+                config=self.config, llm_client=None, reward_loop_worker_handles=rewards.reward_loop_worker_handles
+            )
+
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = self.run.poll_interval
         return buffer
+
+    def get_llm_client(self) -> LLMServerClient:
+        servers = self.llm_server_manager
+        if len(servers.server_handles) > 1:
+            return super().get_llm_client()
+        # Before it has imported all of verl.
+        ray.kill(servers.global_load_balancer)
+        return servers.get_client(DirectClient, address=servers.server_addresses[0], server=servers.server_handles[0])
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -215,13 +257,27 @@ class TrustRegionTrainer(PPOTrainerSync):
             skipped, metrics["groups/total"] = zero_variance_groups(batch, extra_fields)
             metrics["groups/zero_variance"] = len(skipped)
             if skipped:
-                clear_loss_mask(batch, [row for rows in skipped for row in rows])
+                rows = [row for rows in skipped for row in rows]
+                clear_loss_mask(batch, rows)
+                self._spread(batch, rows)
         return batch
+
+    def _spread(self, batch: KVBatchMeta, skipped: list[int]) -> None:
+        """Of the rows that are left each rank gets as much work as the others (not where the actor shuffles)."""
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        minibatches = len(batch) // (actor.ppo_mini_batch_size * rollout.n)
+        if ranks > 1 and not actor.shuffle and not self.run.train_all_rows:
+            out = {*skipped, *(row for row, tag in enumerate(batch.tags) if is_padding(tag))}
+            used = [row not in out for row in range(len(batch))]
+            batch.reorder(spread(used, [tag["seq_len"] for tag in batch.tags], ranks, minibatches))
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if instantiate(self.config.method).needs_response_seeds:
             put_response_seeds(batch, self.run.seed, self.global_steps)
         dump = self.global_steps in self.run.dump_steps
+        # A dump shows the skipped groups too.
+        batch.extra_info[TRAIN_ALL_ROWS] = dump or self.run.train_all_rows
         batch.extra_info[DUMP_DIR] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump else ""
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.removeprefix("actor/").startswith(_OUR_FAMILIES)]:

@@ -64,6 +64,26 @@ def clear_loss_mask(batch: KVBatchMeta, rows: list[int]) -> None:
     tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=fields)
 
 
+def spread(used: list[bool], lengths: list[int], ranks: int, minibatches: int) -> list[int]:
+    """An order of the rows in which the used ones of each minibatch are spread over the data-parallel ranks by length.
+
+    verl gives each rank a contiguous part of the batch and divides that into minibatches; which rows a minibatch has,
+    and how many of them a rank has, stays as it was.
+    """
+    of_rank = len(used) // ranks
+    size = of_rank // minibatches
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    for minibatch in range(minibatches):
+        rows = [rank * of_rank + minibatch * size + place for rank in range(ranks) for place in range(size)]
+        room, load = [size] * ranks, [0] * ranks
+        for row in sorted(rows, key=lambda row: (not used[row], -lengths[row])):
+            rank = min((rank for rank in range(ranks) if room[rank]), key=load.__getitem__)
+            parts[rank].append(row)
+            room[rank] -= 1
+            load[rank] += lengths[row] if used[row] else 0
+    return [row for part in parts for row in part]
+
+
 def shorten_padding_rows(batch: KVBatchMeta) -> None:
     """verl's padding rows have one token, but whole copies of the fields that verl does not know."""
     keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if is_padding(tag)]

@@ -3,6 +3,7 @@
 Imported in every process that generates through ``actor_rollout_ref.model.external_lib``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK, TOPK_COLUMNS, TOPK_IDS
 from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
 
+# verl's name of our agent loop.
+AGENT_LOOP = "cppo_single_turn"
+
+# Rendered prompts a worker remembers: some ten megabytes.
+_KEPT_PROMPTS = 10_000
+
 
 class TopKAgentLoopOutput(AgentLoopOutput):
     """verl's output, with the Top-K columns beside it: ``extra_fields`` would be shipped to the reward workers too."""
@@ -21,7 +28,10 @@ class TopKAgentLoopOutput(AgentLoopOutput):
 
     @classmethod
     def of(cls, output: AgentLoopOutput, columns: dict[str, torch.Tensor]) -> "TopKAgentLoopOutput":
-        result = cls(**{name: getattr(output, name) for name in output.model_fields_set | {"extra_fields"}})
+        # Checked when it was made; each check goes through every token.
+        result = cls.model_construct(
+            **{name: getattr(output, name) for name in output.model_fields_set | {"extra_fields"}}
+        )
         result._columns = columns
         return result
 
@@ -32,16 +42,47 @@ class TopKAgentLoopOutput(AgentLoopOutput):
         return fields | {name: rows[:length].clone() for name, rows in self._columns.items()}
 
 
-@register("cppo_single_turn")
+class _InPlace:
+    """An event loop's ``run_in_executor`` without a thread: a cached prompt and a joined list are not worth one."""
+
+    async def run_in_executor(self, _: None, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+@register(AGENT_LOOP)
 class TrustRegionAgentLoop(SingleTurnAgentLoop):
-    """Adds a seed where ``run.seeded_rollout`` is set, and asks for the top K where the trainer does: in training."""
+    """Adds a seed where ``run.seeded_rollout`` is set, and asks for the top K where the trainer does: in training.
+
+    One instance serves all responses of a worker: it keeps nothing of them but the rendered prompts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Looked up for every response; a lookup in the composed configuration takes longer than all else in run().
+        self._seeded, self._run_seed = self.config.run.seeded_rollout, self.config.run.seed
+        self._log_prob_dtype = getattr(torch, self.config.divergence.log_prob_dtype)
+        self.loop = _InPlace()
+        self._prompts: dict[str, list[int]] = {}
+
+    async def ct_build_initial_tokens(self, messages: list[dict[str, Any]], **media: Any) -> list[int]:
+        """The rendered prompt; a group of responses has one, and an epoch later it comes again."""
+        if any(value for value in media.values()):
+            return await super().ct_build_initial_tokens(messages, **media)
+        key = problem_key(messages)
+        if key not in self._prompts:
+            if len(self._prompts) >= _KEPT_PROMPTS:
+                self._prompts.clear()
+            self._prompts[key] = await super().ct_build_initial_tokens(messages, **media)
+        return list(self._prompts[key])
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
-        run, k = self.config.run, kwargs.get(TOPK, 0)
+        k = kwargs.get(TOPK, 0)
         sampling_params = dict(sampling_params)
-        if run.seeded_rollout:
+        if self._seeded:
             problem = problem_key(kwargs["raw_prompt"])
-            sampling_params["seed"] = response_seed(run.seed, kwargs["global_steps"], problem, kwargs["session_id"])
+            sampling_params["seed"] = response_seed(
+                self._run_seed, kwargs["global_steps"], problem, kwargs["session_id"]
+            )
         if k:
             sampling_params["extra_args"] = {TOPK: k}
         output = await super().run(sampling_params, priority=priority, **kwargs)
@@ -56,7 +97,5 @@ class TrustRegionAgentLoop(SingleTurnAgentLoop):
                 )
             # Aborted before the first token.
             columns = {TOPK_IDS: torch.empty(0, k, dtype=torch.int32), ROLLOUT_TOPK_LOG_PROB: torch.empty(0, k)}
-        dtype = getattr(torch, self.config.divergence.log_prob_dtype)
-        return TopKAgentLoopOutput.of(
-            output, columns | {ROLLOUT_TOPK_LOG_PROB: columns[ROLLOUT_TOPK_LOG_PROB].to(dtype)}
-        )
+        log_prob = columns[ROLLOUT_TOPK_LOG_PROB].to(self._log_prob_dtype)
+        return TopKAgentLoopOutput.of(output, columns | {ROLLOUT_TOPK_LOG_PROB: log_prob})

@@ -6,6 +6,7 @@ the engine, instead of vLLM's dictionary, object and detokenized string for each
 """
 
 import argparse
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, overload
@@ -13,8 +14,9 @@ from typing import Any, overload
 import numpy as np
 import ray
 import vllm.v1.engine.output_processor as output_processor
-from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
@@ -76,12 +78,17 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
 
 
 class TopKLogprobsProcessor(LogprobsProcessor):
-    """vLLM's per-request collector of log-probabilities; requests without ``TOPK`` are vLLM's own business."""
+    """vLLM's per-request collector of log-probabilities: of the sampled tokens and, with ``TOPK``, of the K likeliest.
+
+    Requests that ask for something else are vLLM's own business.
+    """
 
     @classmethod
     def from_new_request(cls, tokenizer: Any, request: Any) -> LogprobsProcessor:
         params = request.sampling_params
         k = (params.extra_args or {}).get(TOPK)
+        if k is None and params.num_logprobs == 0 and params.prompt_logprobs is None:
+            k = 0  # the sampled token's alone
         if k is None:
             return LogprobsProcessor.from_new_request(tokenizer, request)
         return cls(
@@ -100,7 +107,7 @@ class TopKLogprobsProcessor(LogprobsProcessor):
 
 class TopKServer(vLLMHttpServer):
     """verl's vLLM server, which says more in an output's ``extra_fields``: whether the response was cut off at its
-    longest length, and the Top-K columns where asked for."""
+    longest length, and the Top-K columns where asked for. The engine makes one output a response, without text."""
 
     async def run_server(self, args: argparse.Namespace) -> None:
         # The engine's output handler looks this name up for every new request of this process.
@@ -113,12 +120,30 @@ class TopKServer(vLLMHttpServer):
     async def _generate_with_topk(
         self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
+        if request_id not in self._finished:  # not verl's: one of vLLM's HTTP endpoints
+            async for output in self._engine_generate(prompt, sampling_params, request_id, *args, **kwargs):
+                yield output
+            return
         k = (sampling_params.extra_args or {}).get(TOPK)
         if k is not None:
             sampling_params.logprobs = k
+        if not sampling_params.stop:
+            sampling_params.detokenize = False  # verl takes the tokens
+        # verl reads the last output; those before it cost a copy of the response for every token.
+        sampling_params.output_kind = RequestOutputKind.FINAL_ONLY
+        outputs = self._engine_generate(prompt, sampling_params, request_id, *args, **kwargs)
+        first = asyncio.ensure_future(anext(outputs))
         output = None
-        async for output in self._engine_generate(prompt, sampling_params, request_id, *args, **kwargs):
+        try:
+            # At a first output verl counts a request as one that a weight update can interrupt.
+            await self._accepted(request_id, first)
+            yield None
+            output = await first
             yield output
+            async for output in outputs:
+                yield output
+        finally:
+            first.cancel()
         if output is not None and output.outputs:
             completion = output.outputs[0]
             fields: dict[str, Any] = {TRUNCATED: completion.finish_reason == "length"}
@@ -126,9 +151,17 @@ class TopKServer(vLLMHttpServer):
                 fields |= completion.logprobs.columns(len(completion.token_ids))
             self._finished[request_id] = fields
 
+    async def _accepted(self, request_id: str, first: asyncio.Future[Any]) -> None:
+        """Wait until the engine has the request (or is done with it)."""
+        pause = 0.0
+        while not first.done() and request_id not in self.engine.output_processor.external_req_ids:
+            await asyncio.sleep(pause)
+            pause = 0.001
+
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **request: Any
     ) -> TokenOutput:
+        self._finished[request_id] = {}
         try:
             output = await super().generate(prompt_ids, sampling_params, request_id, **request)
         finally:
@@ -144,12 +177,3 @@ class TopKReplica(vLLMReplica):
         super().__init__(*args, **kwargs)
         if not (self.is_reward_model or self.is_teacher_model):  # those are served by verl's own
             self.server_class = ray.remote(TopKServer)
-
-
-def _load() -> type[RolloutReplica]:
-    return TopKReplica
-
-
-def register() -> None:
-    """Make ``rollout.name=vllm`` mean :class:`TopKReplica` in this process (the one that builds the trainer)."""
-    RolloutReplicaRegistry.register("vllm", _load)

@@ -1,0 +1,110 @@
+"""What ``cppo bench --costs`` and ``--quick`` measure: cells, each a part of ours at one size, and their records."""
+
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cppo_verl.bench.timing import Effort
+from cppo_verl.run.log import read_lines, write_atomically
+
+# A part and its sizes, and "variants" where not all of its functions are timed; the record of a finished one also has
+# "seconds", a list for each function that was.
+Cell = dict[str, Any]
+
+PLAN, RECORDS = "plan.json", "costs.jsonl"
+
+# The module that measures a part. Each runs in a process of its own, a rollout's in one for each engine.
+MODULES = {
+    "mask": "tensors",
+    "quantile": "tensors",
+    "gather": "tensors",
+    "rollout": "rollout",
+    "queue": "transfer",
+    "update": "engine",
+    "validation": "engine",
+}
+
+# Bytes at the peak for each token of a padded [responses, tokens] batch: seen, rounded up.
+_BYTES_A_TOKEN = {"mask": 120, "quantile": 60, "queue": 1000}
+# A gather: logits, their gradient and what the backward pass needs in between.
+_COPIES_OF_THE_LOGITS = 4
+MEMORY_LIMIT = 4 * 2**30
+
+QWEN3_VOCABULARY = 151_936
+LENGTHS, RESPONSES = (1024, 4096, 16_384, 65_536), (1, 16, 256, 4096)
+
+
+def grid() -> list[Cell]:
+    """The cells of ``--costs``, small ones first within each part."""
+    cells: list[Cell] = []
+    for part in ("mask", "quantile"):
+        cells += [{"part": part, "responses": rows, "tokens": length} for rows in RESPONSES for length in LENGTHS]
+    for dtype in ("float32", "bfloat16"):
+        for tokens in (64, 256, 1024):
+            cells.append({"part": "gather", "vocabulary": QWEN3_VOCABULARY, "dtype": dtype, "tokens": tokens, "k": 20})
+    for vocabulary in (55, 49_152, QWEN3_VOCABULARY):
+        variants = ["none", "K=0", "K=1", "K=20", "vLLM's K=20"] + ["K=64"] * (vocabulary >= 64)
+        cells.append({"part": "rollout", "vocabulary": vocabulary, "responses": 32, "tokens": 32, "variants": variants})
+    for dtype in ("float32", "float16"):
+        for length in (1024, 4096, 16_384):
+            cells.append({"part": "queue", "responses": 16, "tokens": length, "k": 20, "log_prob_dtype": dtype})
+    return cells
+
+
+def too_large(cell: Cell) -> str | None:
+    """Why a cell is not measured on this machine, or None."""
+    tokens, part = cell["tokens"] * cell.get("responses", 1), cell["part"]
+    if part == "gather":
+        size = tokens * cell["vocabulary"] * (4 if cell["dtype"] == "float32" else 2) * _COPIES_OF_THE_LOGITS
+    else:
+        size = tokens * _BYTES_A_TOKEN.get(part, 0)
+    limit = min(MEMORY_LIMIT, psutil.virtual_memory().available)
+    return f"needs about {size / 2**30:.1f} GiB, more than {limit / 2**30:.1f}" if size > limit else None
+
+
+def title(cell: Cell) -> str:
+    """A cell in a line: its part and its sizes."""
+    words = [f"{cell[name]:,} {name}" for name in ("vocabulary", "responses", "tokens") if name in cell]
+    words += [cell[name] for name in ("dtype", "log_prob_dtype") if name in cell]
+    return f"{cell['part']}: {', '.join(words)}"
+
+
+def summary(record: Cell) -> str:
+    """The line of a finished cell: its medians in milliseconds."""
+    medians = [f"{name} {statistics.median(values) * 1e3:.3g} ms" for name, values in record["seconds"].items()]
+    return f"{title(record)}: {', '.join(medians)}"
+
+
+def write_plan(folder: Path, cells: Sequence[Cell], effort: Effort) -> None:
+    """What the next process measures in ``folder``."""
+    write_atomically(folder / PLAN, json.dumps({"cells": cells, "effort": effort}))
+
+
+def read_plan(folder: Path) -> tuple[list[Cell], Effort]:
+    plan = json.loads((folder / PLAN).read_text())
+    return plan["cells"], Effort(*plan["effort"])
+
+
+def records(folder: Path) -> list[Cell]:
+    """Every finished cell."""
+    path = folder / RECORDS
+    return list(read_lines(path)) if path.exists() else []
+
+
+def record_of(cell: Cell, finished: Iterable[Cell]) -> Cell | None:
+    """The last record of ``cell``: the one that has all its sizes."""
+    found = [record for record in finished if all(record.get(name) == value for name, value in cell.items())]
+    return found[-1] if found else None
+
+
+def by_process(cells: Iterable[Cell]) -> Iterator[list[Cell]]:
+    """Cells that one process measures, in the order of their first ones."""
+    groups: dict[tuple[str, Any], list[Cell]] = {}
+    for cell in cells:
+        module = MODULES[cell["part"]]
+        groups.setdefault((module, cell["vocabulary"] if module == "rollout" else None), []).append(cell)
+    yield from groups.values()

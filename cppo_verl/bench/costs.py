@@ -1,0 +1,39 @@
+"""``cppo bench --costs FOLDER``: what is ours, measured from small to large; goes on where it was."""
+
+import json
+from pathlib import Path
+
+from cppo_verl.bench.cells import RECORDS, grid, record_of, records, summary, title, too_large
+from cppo_verl.bench.measured import measure_cells
+from cppo_verl.bench.tables import markdown
+from cppo_verl.bench.timing import Effort
+from cppo_verl.run.log import write_atomically
+from cppo_verl.run.manifest import manifest
+from cppo_verl.run.supervisor import locked
+
+_EFFORT = Effort(rounds=15, seconds=20)
+
+
+def costs(folder: Path) -> int:
+    """Measure what is missing in ``folder`` and print the tables; returns the exit status."""
+    folder = folder.absolute()
+    with locked(folder) as free:
+        if not free:
+            return 2
+        write_atomically(
+            folder / "manifest.json", json.dumps(manifest(["cppo", "bench", "--costs", str(folder)]), indent=2) + "\n"
+        )
+        finished = records(folder)
+        # Without a last line that a kill cut off.
+        write_atomically(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in finished))
+        missing = [cell for cell in grid() if record_of(cell, finished) is None]
+        for cell in missing:
+            if reason := too_large(cell):
+                print(f"left out  {title(cell)}: {reason}")
+        fitting = [cell for cell in missing if too_large(cell) is None]
+        status = measure_cells(folder, fitting, _EFFORT, summary, {})
+        if status == 0:
+            text = markdown(records(folder))
+            write_atomically(folder / "costs.md", text)
+            print(f"\n{text}")
+        return status

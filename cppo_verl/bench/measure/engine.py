@@ -1,0 +1,119 @@
+"""One minibatch in verl's FSDP2 engine, without Ray, with our loss and with verl's; the statistics of a validation."""
+
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from verl.trainer.ppo import metric_utils
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+from verl.workers.utils.losses import ppo_loss
+
+from cppo_verl.adapters.actor.loss import TrustRegionLoss
+from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
+from cppo_verl.adapters.driver import resampling
+from cppo_verl.bench.cells import Cell
+from cppo_verl.bench.model import tiny_model
+from cppo_verl.config.compose import compose
+
+_PROMPT_TOKENS = 16
+
+
+def update(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+    """Forward, loss, backward and optimiser step of one minibatch: ours over the Top-K divergence, and stock GRPO."""
+    _join_process_group()
+    rows = cell["responses"]
+    overrides = ["platform=cpu", "recipe=quickstart", "run.name=bench", "actor_rollout_ref.actor.optim.lr=0.0"]
+    config = compose([*overrides, f"actor_rollout_ref.model.path={tiny_model(cell['vocabulary'])}"])
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+    settings = TrainingWorkerConfig(
+        model_type="language_model",
+        model_config=model,
+        engine_config=actor.engine,
+        optimizer_config=actor.optim,
+        checkpoint_config=actor.checkpoint,
+    )
+    batch = _minibatch(cell)
+    tu.assign_non_tensor(
+        batch,
+        temperature=1.0,
+        calculate_entropy=False,
+        global_batch_size=rows,
+        mini_batch_size=rows,
+        epochs=1,
+        micro_batch_size_per_gpu=rows,
+        use_dynamic_bsz=False,
+        max_token_len_per_gpu=rows * (_PROMPT_TOKENS + cell["tokens"]),
+    )
+    functions: dict[str, Callable[[], object]] = {}
+    losses = {"ours": TrustRegionLoss(actor), "stock": partial(ppo_loss, config=actor)}
+    for name, worker_class in (("ours", TrustRegionTrainingWorker), ("stock", TrainingWorker)):
+        worker = worker_class(settings)
+        worker.reset()
+        worker.set_loss_fn(losses[name])
+        functions[name] = partial(_train, worker, batch)
+    return functions, {}
+
+
+def _train(worker: TrainingWorker, batch: TensorDict) -> None:
+    worker.train_mini_batch(batch.clone())
+
+
+def validation(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+    """best@k and worst@k of a validation, resampled by ours and by verl's own function."""
+    draw = torch.Generator().manual_seed(0)
+    uids = [f"p{problem}" for problem in range(cell["problems"]) for _ in range(cell["samples"])]
+    values = {name: torch.rand(len(uids), generator=draw).tolist() for name in ("acc", "score")}
+    original = metric_utils.bootstrap_metric
+
+    def statistics(ours: bool) -> None:
+        if ours:
+            resampling.install()
+        try:
+            metric_utils.process_validation_metrics(["set"] * len(uids), uids, values)
+        finally:
+            metric_utils.bootstrap_metric = original
+
+    return {"ours": lambda: statistics(True), "verl": lambda: statistics(False)}, {}
+
+
+def _minibatch(cell: Cell) -> TensorDict:
+    """Random responses; mu's K log-probabilities are those of a flat distribution, which every model here is near."""
+    torch.manual_seed(0)
+    rows, length, k, vocabulary = cell["responses"], cell["tokens"], cell["k"], cell["vocabulary"]
+    flat = -torch.log(torch.tensor(float(vocabulary)))
+    columns: dict[str, list[torch.Tensor]] = {}
+    for _ in range(rows):
+        prompt, response = (torch.randint(vocabulary, (size,)) for size in (_PROMPT_TOKENS, length))
+        fields = {
+            "prompts": prompt,
+            "responses": response,
+            "input_ids": torch.cat([prompt, response]),
+            "position_ids": torch.arange(_PROMPT_TOKENS + length),
+            "response_mask": torch.ones(length, dtype=torch.int64),
+            "loss_mask": torch.ones(length, dtype=torch.int64),
+            "rollout_log_probs": flat.expand(length).clone(),
+            "old_log_probs": flat.expand(length).clone(),
+            "advantages": torch.randn(()).expand(length).clone(),
+            "topk_ids": torch.stack([torch.randperm(vocabulary)[:k] for _ in range(length)]).int(),
+            "rollout_topk_log_prob": flat.expand(length, k).clone(),
+        }
+        for name, value in fields.items():
+            columns.setdefault(name, []).append(value)
+    nested = {name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in columns.items()}
+    return TensorDict(nested, batch_size=rows)
+
+
+def _join_process_group() -> None:
+    """verl's engine wants a process group, be it of one; its address comes from the environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
