@@ -47,7 +47,19 @@ _VLLM_SEAMS: tuple[Seam, ...] = (
     (
         "sampling_params.py",
         "SamplingParams",
-        ("seed", "logprobs", "temperature", "top_p", "top_k", "max_tokens", "extra_args", "output_kind"),
+        (
+            "seed",
+            "logprobs",
+            "temperature",
+            "top_p",
+            "top_k",
+            "max_tokens",
+            "extra_args",
+            "output_kind",
+            "detokenize",
+            "stop",
+            "num_logprobs",
+        ),
     ),
     (
         "v1/engine/logprobs.py",
@@ -58,6 +70,7 @@ _VLLM_SEAMS: tuple[Seam, ...] = (
         ),
     ),
     ("v1/engine/output_processor.py", "RequestState", ("LogprobsProcessor", "from_new_request")),
+    ("v1/engine/output_processor.py", "OutputProcessor", ("external_req_ids",)),
     ("v1/engine/async_llm.py", "AsyncLLM.generate", ("prompt", "sampling_params", "request_id")),
     ("v1/outputs.py", "LogprobsLists", ("logprob_token_ids", "logprobs")),
     ("model_executor/layers/utils.py", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
@@ -68,6 +81,7 @@ _SERVER = "workers/rollout/vllm_rollout/vllm_async_server.py"
 _VERL_SERVER_SEAMS: tuple[Seam, ...] = (
     (_SERVER, "vLLMHttpServer.run_server", ("self", "args")),
     (_SERVER, "vLLMHttpServer.generate", ("self", "prompt_ids", "sampling_params", "request_id")),
+    ("trainer/ppo/v1/trainer_base.py", "PPOTrainer", ("_setup", "actor_rollout_wg", "reward_loop_manager")),
     ("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopWorkerTQ", ("tq", "list_of_dict_to_tensordict")),
 )
 
@@ -90,14 +104,16 @@ def source_mismatches(package: Path, seams: tuple[Seam, ...] = _VLLM_SEAMS) -> l
 
 
 def _names(node: ast.stmt) -> set[str]:
-    """Parameters of a function; or annotated fields and methods of a class, and the names that its methods look up."""
+    """Parameters of a function; or a class's annotated fields, methods, and what these look up or assign."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
     body = getattr(node, "body", [])
     fields = {item.target.id for item in body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)}
     methods = [item for item in body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
-    looked_up = {name.id for item in methods for name in ast.walk(item) if isinstance(name, ast.Name)}
-    return fields | {item.name for item in methods} | looked_up
+    inside = [node for item in methods for node in ast.walk(item)]
+    looked_up = {node.id for node in inside if isinstance(node, ast.Name)}
+    assigned = {node.attr for node in inside if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    return fields | {item.name for item in methods} | looked_up | assigned
 
 
 def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:

@@ -25,6 +25,7 @@ MODULES = {
     "rollout": "rollout",
     "queue": "transfer",
     "update": "engine",
+    "signal": "engine",
     "validation": "engine",
 }
 
@@ -49,6 +50,8 @@ def grid() -> list[Cell]:
     for vocabulary in (55, 49_152, QWEN3_VOCABULARY):
         variants = ["none", "K=0", "K=1", "K=20", "vLLM's K=20"] + ["K=64"] * (vocabulary >= 64)
         cells.append({"part": "rollout", "vocabulary": vocabulary, "responses": 32, "tokens": 32, "variants": variants})
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        cells.append({"part": "signal", "vocabulary": 55, "responses": 64, "tokens": 64, "k": 20, "share": share})
     for dtype in ("float32", "float16"):
         for length in (1024, 4096, 16_384):
             cells.append({"part": "queue", "responses": 16, "tokens": length, "k": 20, "log_prob_dtype": dtype})
@@ -70,6 +73,7 @@ def title(cell: Cell) -> str:
     """A cell in a line: its part and its sizes."""
     words = [f"{cell[name]:,} {name}" for name in ("vocabulary", "responses", "tokens") if name in cell]
     words += [cell[name] for name in ("dtype", "log_prob_dtype") if name in cell]
+    words += [f"{cell['share']:.0%} without a signal"] if "share" in cell else []
     return f"{cell['part']}: {', '.join(words)}"
 
 

@@ -19,7 +19,7 @@ def markdown(records: Sequence[Cell]) -> str:
     for record in records:
         by_part.setdefault(record["part"], []).append(record)
     sections = []
-    for part, table in (("mask", _mask), ("quantile", _quantile), ("gather", _gather), ("rollout", _rollout)):
+    for part, table in _TABLES:
         if part in by_part:
             sections.append(table(by_part[part]))
     if "queue" in by_part:
@@ -77,6 +77,18 @@ def _rollout(records: list[Cell]) -> str:
         rows.append([f"{record['vocabulary']:,}", *times, *ratios])
     text = "Rollout in a bare vLLM engine, 32 responses of 32 tokens, milliseconds a token:\n\n"
     return text + _table(["vocabulary", *names, "K=20 / K=0", "vLLM's K=20 / K=0"], rows)
+
+
+def _signal(records: list[Cell]) -> str:
+    rows = []
+    for record in sorted(records, key=lambda record: record["share"]):
+        times = [_milliseconds(_median(record, name)) for name in ("ours", "all rows", "stock")]
+        rows.append(
+            [f"{record['share']:.0%}", *times, *(_with_interval(record, "ours", n) for n in ("all rows", "stock"))]
+        )
+    header = ["responses without a signal", "ours, ms", "ours with all rows, ms", "stock GRPO, ms"]
+    text = "Update of a minibatch of 64 responses of 64 tokens in four micro-batches, the quickstart's model:\n\n"
+    return text + _table([*header, "ours / all rows", "ours / stock"], rows)
 
 
 def _queue(records: list[Cell]) -> str:
@@ -149,3 +161,6 @@ def _extra(record: Cell) -> float:
     seconds = {name: np.array(values) for name, values in record["seconds"].items()}
     more = seconds["put top-k"] + seconds["get top-k"] - seconds["put without"] - seconds["get without"]
     return float(np.median(more)) / (record["responses"] * record["tokens"])
+
+
+_TABLES = (("mask", _mask), ("quantile", _quantile), ("gather", _gather), ("rollout", _rollout), ("signal", _signal))

@@ -16,6 +16,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
+from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
 from cppo_verl.adapters.driver import resampling
 from cppo_verl.bench.cells import Cell
 from cppo_verl.bench.model import tiny_model
@@ -26,8 +27,30 @@ _PROMPT_TOKENS = 16
 
 def update(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
     """Forward, loss, backward and optimiser step of one minibatch: ours over the Top-K divergence, and stock GRPO."""
+    batch, workers = _minibatch(cell), _workers(cell)
+    _set_sizes(batch, micro_batch_size=cell["responses"])
+    return {name: partial(_train, worker, batch) for name, worker in workers.items()}, {}
+
+
+def signal(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+    """The same in four micro-batches, of which a share of the responses has no token in the loss.
+
+    "all rows" is ours with ``run.train_all_rows``.
+    """
+    batch, workers = _minibatch(cell), _workers(cell)
+    _set_sizes(batch, micro_batch_size=cell["responses"] // 4)
+    without = round(cell["share"] * cell["responses"])
+    mask = [row * (number >= without) for number, row in enumerate(batch["loss_mask"].unbind())]
+    batch["loss_mask"] = torch.nested.as_nested_tensor(mask, layout=torch.jagged)
+    whole = batch.clone()
+    tu.assign_non_tensor(whole, **{TRAIN_ALL_ROWS: True})
+    functions = {name: partial(_train, worker, batch) for name, worker in workers.items()}
+    return {**functions, "all rows": partial(_train, workers["ours"], whole)}, {}
+
+
+def _workers(cell: Cell) -> dict[str, TrainingWorker]:
+    """verl's engine with our loss, and with verl's; each has a model of its own."""
     _join_process_group()
-    rows = cell["responses"]
     overrides = ["platform=cpu", "recipe=quickstart", "run.name=bench", "actor_rollout_ref.actor.optim.lr=0.0"]
     config = compose([*overrides, f"actor_rollout_ref.model.path={tiny_model(cell['vocabulary'])}"])
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
@@ -39,7 +62,18 @@ def update(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]
         optimizer_config=actor.optim,
         checkpoint_config=actor.checkpoint,
     )
-    batch = _minibatch(cell)
+    workers: dict[str, TrainingWorker] = {}
+    losses = {"ours": TrustRegionLoss(actor), "stock": partial(ppo_loss, config=actor)}
+    for name, worker_class in (("ours", TrustRegionTrainingWorker), ("stock", TrainingWorker)):
+        worker = worker_class(settings)
+        worker.reset()
+        worker.set_loss_fn(losses[name])
+        workers[name] = worker
+    return workers
+
+
+def _set_sizes(batch: TensorDict, micro_batch_size: int) -> None:
+    rows = len(batch)
     tu.assign_non_tensor(
         batch,
         temperature=1.0,
@@ -47,18 +81,10 @@ def update(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]
         global_batch_size=rows,
         mini_batch_size=rows,
         epochs=1,
-        micro_batch_size_per_gpu=rows,
+        micro_batch_size_per_gpu=micro_batch_size,
         use_dynamic_bsz=False,
-        max_token_len_per_gpu=rows * (_PROMPT_TOKENS + cell["tokens"]),
+        max_token_len_per_gpu=sum(len(row) for row in batch["input_ids"].unbind()),
     )
-    functions: dict[str, Callable[[], object]] = {}
-    losses = {"ours": TrustRegionLoss(actor), "stock": partial(ppo_loss, config=actor)}
-    for name, worker_class in (("ours", TrustRegionTrainingWorker), ("stock", TrainingWorker)):
-        worker = worker_class(settings)
-        worker.reset()
-        worker.set_loss_fn(losses[name])
-        functions[name] = partial(_train, worker, batch)
-    return functions, {}
 
 
 def _train(worker: TrainingWorker, batch: TensorDict) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import vllm.v1.engine.output_processor as output_processor
 from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from cppo_verl.adapters.columns import TOPK
 from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
@@ -21,8 +22,8 @@ _PROMPT_TOKENS = 16
 def rollout(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
     """A batch of responses of exactly so many tokens, by what is asked for with each token.
 
-    "none": nothing; "K=0": the sampled token's log-probability, as verl asks; "K=20": ours; "vLLM's K=20": the same in
-    vLLM's own objects.
+    "none": nothing; "K=0": the sampled token's log-probability; "K=20": ours; "vLLM's K=20": the same in vLLM's own
+    objects. One output a response, and of ours no text, as the server asks for them.
     """
     engine = _engine(cell["vocabulary"], cell["responses"], _PROMPT_TOKENS + cell["tokens"])
     draw = random.Random(0)
@@ -45,7 +46,14 @@ def sampling_params(variant: str, tokens: int) -> SamplingParams:
     """vLLM's parameters of a request for ``tokens`` tokens."""
     k = None if variant == "none" else int(variant.partition("=")[2])
     ours = {TOPK: k} if k and variant.startswith("K=") else None
-    return SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=k, extra_args=ours)
+    return SamplingParams(
+        max_tokens=tokens,
+        ignore_eos=True,
+        logprobs=k,
+        extra_args=ours,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        detokenize=variant.startswith("vLLM"),
+    )
 
 
 def _engine(vocabulary: int, responses: int, length: int) -> LLMEngine:
