@@ -32,9 +32,10 @@ def test_the_grid_is_that_of_the_documents():
         "quantile": 16,
         "gather": 6,
         "rollout": 3,
+        "signal": 5,
         "queue": 6,
     }
-    assert [len(group) for group in by_process(grid())] == [38, 1, 1, 1, 6]
+    assert [len(group) for group in by_process(grid())] == [38, 1, 1, 1, 5, 6]
 
 
 def test_cells_beyond_the_memory_are_left_out(monkeypatch):
@@ -98,6 +99,33 @@ def test_the_queues_share_by_hand():
     assert "67.1 million tokens a step and 10.7 GB" in text
     assert "201 s, 33.6% of a step of 600 s; 16 nodes (128 GPUs) at once in 12.6 s, 2.10%" in text
     assert "Assumed, not measured" in text
+
+
+def test_the_table_of_updates_is_in_the_order_of_their_shares():
+    circumstances = {"threads": 1, "load": 0.5, "date": "2026-11-25"}
+    records = [
+        {
+            "part": "signal",
+            "share": share,
+            **circumstances,
+            "seconds": {"ours": [ours, 1.1 * ours, ours], "all rows": [0.4] * 3, "stock": [0.5] * 3},
+        }
+        for share, ours in ((1.0, 0.01), (0.5, 0.2))
+    ]
+    half, none = tables.markdown(records).splitlines()[4:6]
+    assert half.startswith("| 50% | 200 | 400 | 500 | 0.500 ")
+    assert none.startswith("| 100% | 10 | 400 | 500 | 0.025 ")
+
+
+def test_the_timed_update_leaves_out_the_share_that_was_asked_for():
+    from cppo_verl.adapters.actor.selection import select_rows
+    from cppo_verl.bench.measure import engine
+
+    cell = {"part": "signal", "vocabulary": 55, "responses": 8, "tokens": 6, "k": 5, "share": 0.75}
+    batch = engine._without_signal(engine._minibatch(cell), cell["share"])
+    engine._set_sizes(batch, micro_batch_size=2)
+    selected = select_rows(batch, None)
+    assert (selected.trained, selected.rows, len(selected.data)) == (2, 8, 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -37,15 +37,20 @@ def signal(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]
 
     "all rows" is ours with ``run.train_all_rows``.
     """
-    batch, workers = _minibatch(cell), _workers(cell)
+    batch, workers = _without_signal(_minibatch(cell), cell["share"]), _workers(cell)
     _set_sizes(batch, micro_batch_size=cell["responses"] // 4)
-    without = round(cell["share"] * cell["responses"])
-    mask = [row * (number >= without) for number, row in enumerate(batch["loss_mask"].unbind())]
-    batch["loss_mask"] = torch.nested.as_nested_tensor(mask, layout=torch.jagged)
     whole = batch.clone()
     tu.assign_non_tensor(whole, **{TRAIN_ALL_ROWS: True})
     functions = {name: partial(_train, worker, batch) for name, worker in workers.items()}
     return {**functions, "all rows": partial(_train, workers["ours"], whole)}, {}
+
+
+def _without_signal(batch: TensorDict, share: float) -> TensorDict:
+    """The batch with the loss mask of its first responses cleared."""
+    without = round(share * len(batch))
+    mask = [row * (number >= without) for number, row in enumerate(batch["loss_mask"].unbind())]
+    batch["loss_mask"] = torch.nested.as_nested_tensor(mask, layout=torch.jagged)
+    return batch
 
 
 def _workers(cell: Cell) -> dict[str, TrainingWorker]:
