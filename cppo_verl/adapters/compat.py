@@ -32,7 +32,7 @@ def check() -> None:
     """Assert version and signatures of everything we override or call. Imports verl (a few seconds)."""
     check_verl_version()
     problems = [problem for seam, wanted in _verl_seams() if (problem := _mismatch(seam, wanted))]
-    for package, seams in (("vllm", _VLLM_SEAMS), ("verl", _VERL_SERVER_SEAMS)):
+    for package, seams in (("vllm", _VLLM_SEAMS), ("verl", _VERL_SOURCE_SEAMS)):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise IncompatibleError(f"{package} is not installed; run scripts/setup.sh")
@@ -48,17 +48,8 @@ _VLLM_SEAMS: tuple[Seam, ...] = (
         "sampling_params.py",
         "SamplingParams",
         (
-            "seed",
-            "logprobs",
-            "temperature",
-            "top_p",
-            "top_k",
-            "max_tokens",
-            "extra_args",
-            "output_kind",
-            "detokenize",
-            "stop",
-            "num_logprobs",
+            *("seed", "logprobs", "temperature", "top_p", "top_k", "max_tokens", "extra_args"),
+            *("output_kind", "detokenize", "stop", "num_logprobs"),
         ),
     ),
     (
@@ -76,9 +67,9 @@ _VLLM_SEAMS: tuple[Seam, ...] = (
     ("model_executor/layers/utils.py", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
 )
 
-# verl's own module that imports all of vLLM, which is not to be waited for here.
+# In verl, what signatures do not show; and the module that imports all of vLLM, which is not to be waited for here.
 _SERVER = "workers/rollout/vllm_rollout/vllm_async_server.py"
-_VERL_SERVER_SEAMS: tuple[Seam, ...] = (
+_VERL_SOURCE_SEAMS: tuple[Seam, ...] = (
     (_SERVER, "vLLMHttpServer.run_server", ("self", "args")),
     (_SERVER, "vLLMHttpServer.generate", ("self", "prompt_ids", "sampling_params", "request_id")),
     ("trainer/ppo/v1/trainer_base.py", "PPOTrainer", ("_setup", "actor_rollout_wg", "reward_loop_manager")),
