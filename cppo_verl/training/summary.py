@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
 from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.log import METRICS, read_lines, read_metrics
 
@@ -100,6 +99,9 @@ class RunSummary:
 
 def validation_changes(folder: Path) -> list[ValidationChange]:
     """First against last validation of a run, for every data source that both have."""
+    # Not at a start, where nobody is to wait half a second for scipy.
+    from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
+
     files = {int(path.stem): path for path in folder.glob("*.jsonl")} if folder.is_dir() else {}
     if len(files) < 2:
         return []

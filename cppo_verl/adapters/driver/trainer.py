@@ -2,8 +2,10 @@
 
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import transfer_queue as tq
@@ -12,14 +14,12 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.experimental.reward_loop import RewardLoopManager
-from verl.single_controller.ray import RayWorkerGroup
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils import tensordict_utils as tu
 from verl.utils.tracking import Tracking
 from verl.workers.rollout.llm_server import LLMServerClient
-from verl.workers.rollout.replica import get_rollout_replica_class
 
 from cppo_verl.adapters.actor.worker import TrustRegionActorWorker
 from cppo_verl.adapters.columns import DUMP_DIR, TOPK, TRAIN_ALL_ROWS
@@ -44,6 +44,8 @@ from cppo_verl.adapters.rollout.client import DirectClient
 from cppo_verl.adapters.rollout.workers import TrustRegionAgentLoopManager
 from cppo_verl.checkpoint import retention
 from cppo_verl.run.log import RunLog, accuracies, read_metrics, validation_score
+
+Started = TypeVar("Started")
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
 _OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/", "update/")
@@ -75,7 +77,6 @@ class TrustRegionTrainer(PPOTrainerSync):
     def __init__(self, config: DictConfig) -> None:
         self.run = config.run
         self.log = RunLog(f"{config.run.dir}/{config.run.name}")
-        self.agent_loops: TrustRegionAgentLoopManager | None = None
         self._tracking: LoggedTracking | None = None
         self._validation_samples: dict[str, Any] | None = None
         self._step_metrics: dict[str, Any] = {}
@@ -99,18 +100,8 @@ class TrustRegionTrainer(PPOTrainerSync):
             step, metrics = self._unlogged
             self._tracking.log(metrics, step)
 
-    # verl starts one kind of process after the other. Two assignments tell when it is about to wait for one of them, in
-    # which time the next can be started: processes spend the most of their start importing.
-    @property
-    def actor_rollout_wg(self) -> RayWorkerGroup:
-        return self._actors
-
-    @actor_rollout_wg.setter
-    def actor_rollout_wg(self, actors: RayWorkerGroup) -> None:
-        self._actors = actors
-        tq.init(self.config.transfer_queue)
-        get_rollout_replica_class("vllm")  # imports vLLM
-
+    # verl starts one kind of process after the other, and each spends the most of its start importing. This assignment
+    # tells that it is about to wait for the vLLM servers, which take the longest and one core.
     @property
     def reward_loop_manager(self) -> RewardLoopManager:
         return self._rewards
@@ -118,11 +109,23 @@ class TrustRegionTrainer(PPOTrainerSync):
     @reward_loop_manager.setter
     def reward_loop_manager(self, rewards: RewardLoopManager) -> None:
         self._rewards = rewards
+        self._agent_loops = _beside(self._start_agent_loops, rewards)
+        self._server_prepared.result()
+
+    def _start_agent_loops(self, rewards: RewardLoopManager) -> TrustRegionAgentLoopManager | None:
+        """TransferQueue, and the agent loop workers, which store there what they generate."""
+        tq.init(self.config.transfer_queue)
         chosen = self.config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
-        if chosen == f"{TrustRegionAgentLoopManager.__module__}.{TrustRegionAgentLoopManager.__name__}":
-            self.agent_loops = TrustRegionAgentLoopManager.create(
-                config=self.config, llm_client=None, reward_loop_worker_handles=rewards.reward_loop_worker_handles
-            )
+        if chosen != f"{TrustRegionAgentLoopManager.__module__}.{TrustRegionAgentLoopManager.__name__}":
+            return None
+        return TrustRegionAgentLoopManager.create(
+            config=self.config, llm_client=None, reward_loop_worker_handles=rewards.reward_loop_worker_handles
+        )
+
+    @property
+    def agent_loops(self) -> TrustRegionAgentLoopManager | None:
+        """The agent loop workers, once they have been started; None where others than ours are chosen."""
+        return self._agent_loops.result()
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -139,6 +142,7 @@ class TrustRegionTrainer(PPOTrainerSync):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
+        self._server_prepared = _beside(_prepare_server, self.config)
         for role in (Role.ActorRollout, Role.ActorRolloutRef):
             if role in self.role_worker_mapping:
                 self.role_worker_mapping[role] = ray.remote(TrustRegionActorWorker)
@@ -284,6 +288,22 @@ class TrustRegionTrainer(PPOTrainerSync):
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         require_finite_gradient(metrics, self.global_steps)
         return batch
+
+
+def _beside(start: Callable[..., Started], *arguments: Any) -> Future[Started]:
+    """Run ``start`` while this process waits for something else."""
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(start, *arguments)
+    executor.shutdown(wait=False)
+    return future
+
+
+def _prepare_server(config: DictConfig) -> None:
+    """Import vLLM; on one machine without accelerators the first server's process is started, which does so as well."""
+    from cppo_verl.adapters.rollout.server import start_ahead
+
+    if config.trainer.device == "cpu" and config.trainer.nnodes == 1:
+        start_ahead(config.actor_rollout_ref.rollout.max_num_seqs)
 
 
 def _unsaved(folder: Path, error: Exception) -> OSError:

@@ -14,7 +14,9 @@ from typing import Any, overload
 import numpy as np
 import ray
 import vllm.v1.engine.output_processor as output_processor
-from verl.workers.rollout.replica import TokenOutput
+from ray.actor import ActorHandle
+from verl.plugin.platform import get_platform
+from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.logprobs import LogprobsProcessor
@@ -107,7 +109,18 @@ class TopKLogprobsProcessor(LogprobsProcessor):
 
 class TopKServer(vLLMHttpServer):
     """verl's vLLM server, which says more in an output's ``extra_fields``: whether the response was cut off at its
-    longest length, and the Top-K columns where asked for. The engine makes one output a response, without text."""
+    longest length, and the Top-K columns where asked for. The engine makes one output a response, without text.
+
+    Without settings it is a process that has imported what a server needs, and waits for :meth:`begin`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        if settings:
+            self.begin(**settings)
+
+    def begin(self, **settings: Any) -> None:
+        """What verl makes a server with."""
+        super().__init__(**settings)
 
     async def run_server(self, args: argparse.Namespace) -> None:
         # The engine's output handler looks this name up for every new request of this process.
@@ -176,4 +189,36 @@ class TopKReplica(vLLMReplica):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not (self.is_reward_model or self.is_teacher_model):  # those are served by verl's own
-            self.server_class = ray.remote(TopKServer)
+            self.server_class = ServerClass.ahead or ray.remote(TopKServer)
+
+
+class ServerClass:
+    """Stands for the actor class of vLLM servers where the first one's process has been started ahead.
+
+    A server is made when the actor workers have loaded the model; importing vLLM takes as long and need not wait.
+    """
+
+    ahead: "ServerClass | None" = None
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self._class = ray.remote(TopKServer)
+        self._name, self._first = name, self._class.options(name=name, **options).remote()
+
+    def options(self, *, name: str, **options: Any) -> Any:
+        return self if name == self._name else self._class.options(name=name, **options)
+
+    def remote(self, **settings: Any) -> ActorHandle:
+        ray.get(self._first.begin.remote(**settings))
+        return self._first
+
+
+def start_ahead(max_num_seqs: int) -> None:
+    """Start the process of the first vLLM server, on this machine, with the options that verl's replica 0 will give."""
+    platform = get_platform()
+    ServerClass.ahead = ServerClass(
+        "vllm_server_0_0",
+        runtime_env={
+            "env_vars": dict.fromkeys(platform.ray_noset_envvars(), "1") | platform.rollout_env_vars(),
+        },
+        max_concurrency=max(1000, max_num_seqs + CONTROL_METHOD_CONCURRENCY),
+    )
