@@ -1,15 +1,14 @@
 """Whether the method, the divergence, verl's modes, the rollout and the engine fit each other."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl.config import model_folder
 from cppo_verl.methods import MEASURES
 from cppo_verl.problems import Problem, about
 
@@ -58,7 +57,7 @@ def check_divergence(config: DictConfig) -> Iterator[Problem]:
         yield about("divergence.log_prob_dtype", f"={config.divergence.log_prob_dtype}: use float32 or float16")
     instead = "or choose divergence=binary_tv, which does not look at the logits"
     actor, model, rollout = (config.actor_rollout_ref[part] for part in ("actor", "model", "rollout"))
-    vocabulary = _vocabulary_size(model.path)
+    vocabulary = model_folder.shape(model.path).get("vocab_size")
     if vocabulary is not None and k > vocabulary:
         yield about(
             "divergence.k", f"={k}: the vocabulary of actor_rollout_ref.model.path has only {vocabulary} tokens"
@@ -87,18 +86,6 @@ def check_divergence(config: DictConfig) -> Iterator[Problem]:
             "actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs",
             f"={limit} is less than divergence.k={k}; leave it alone, it follows divergence.k",
         )
-
-
-def _vocabulary_size(path: str | None) -> int | None:
-    """Of a local model folder; None where it cannot be told before loading."""
-    file = Path(path).expanduser() / "config.json" if path else None
-    if file is None or not file.is_file():
-        return None
-    try:
-        size = json.loads(file.read_text()).get("vocab_size")
-    except (OSError, ValueError):
-        return None
-    return size if isinstance(size, int) else None
 
 
 def check_verl_mode(config: DictConfig) -> Iterator[Problem]:

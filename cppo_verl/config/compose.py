@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.checkpoint import retention
+from cppo_verl.config import model_folder
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.machine import has_gpu
@@ -35,7 +36,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     if not any(override.startswith("platform=") for override in overrides):
         recipes = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
         # Every other recipe is for GPUs, wherever it is planned.
-        on_any = not recipes or recipes[-1] in ("quickstart", "null")
+        on_any = not recipes or recipes[-1] in ("quickstart", "small", "null")
         chosen.append(f"platform={'gpu' if has_gpu() or not on_any else 'cpu'}")
     # The same folder as pkg://verl.trainer.config, found without importing verl (5 s).
     chosen.append(f"hydra.searchpath=['file://{verl_config_dir()}']")
@@ -123,9 +124,12 @@ def _fill_in_run(config: DictConfig) -> None:
         trainer.resume_from_path = str(retention.step_folder(trainer.default_local_dir, steps[-1]))
     if isinstance(trainer.resume_from_path, str):
         trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/")
-    model = config.actor_rollout_ref.model
+    model, engine = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.checkpoint_engine
     if model.path is not None and Path(model.path).expanduser().exists():
         model.path = str(Path(model.path).expanduser().absolute())
+    if engine.update_weights_bucket_megabytes is None:
+        least = 16 if trainer.device == "cpu" else 2048
+        engine.update_weights_bucket_megabytes = max(least, -(-model_folder.largest_tensor(model.path) // 2**20))
     reward = config.reward.custom_reward_function
     if reward.path is not None and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)

@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cppo_verl.config.compose import compose
 from cppo_verl.config.validate import validate
+from cppo_verl.dry_run.room import lacking
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.log import METRICS
 
@@ -14,8 +15,11 @@ from cppo_verl.run.log import METRICS
 def train(overrides: list[str], dry_run: bool) -> int:
     """Compose, check and run; with ``dry_run`` describe, for whatever machine it is meant. Returns the exit status."""
     config = compose(overrides)
-    for absent in validate(config, planned=dry_run):
-        print(f"cppo train: not on this machine: {absent.text}", file=sys.stderr)
+    absent = [*validate(config, planned=dry_run), *lacking(config)]
+    if absent and not dry_run:
+        raise ConfigError.of(absent)
+    for problem in absent:
+        print(f"cppo train: not on this machine: {problem.text}", file=sys.stderr)
     if dry_run:
         _describe(config)
         return 0

@@ -9,6 +9,7 @@ import numpy as np
 
 from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.log import METRICS, read_lines, read_metrics
+from cppo_verl.training.reward_signal import verdict
 
 # Outcomes in which the grader gave no verdict.
 _UNJUDGED = ("timeout", "error")
@@ -75,6 +76,8 @@ class RunSummary:
         if any(unjudged.values()):
             counts = ", ".join(f"{count} {name}" for name, count in unjudged.items() if count)
             rows.append(("failed grading", f"{counts} (scored 0; see docs/grading.md)"))
+        if silent := verdict(self.trained()):
+            rows.append(("no signal", silent))
         masked = self.masked()
         if masked:
             rows.append(

@@ -23,6 +23,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from cppo_verl.adapters.actor.worker import TrustRegionActorWorker
 from cppo_verl.adapters.columns import DUMP_DIR, TOPK, TRAIN_ALL_ROWS
+from cppo_verl.adapters.driver import placement
 from cppo_verl.adapters.driver.step_metrics import (
     aime_mean,
     outcome_metrics,
@@ -141,6 +142,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         return servers.get_client(DirectClient, address=servers.server_addresses[0], server=servers.server_handles[0])
 
     def _init_resource_pool_mgr(self) -> None:
+        placement.require_room(self.config, ray.nodes())
         super()._init_resource_pool_mgr()
         self._server_prepared = _beside(_prepare_server, self.config)
         for role in (Role.ActorRollout, Role.ActorRolloutRef):
