@@ -23,8 +23,9 @@ def setup(*arguments, **environment):
 
 def test_nothing_to_do_takes_no_time():
     stack = Path(sys.prefix, ".cppo-stack")
-    if not stack.exists() or Path(sys.prefix).parent != SETUP.parents[1]:  # else it would be moved over to this checkout
-        pytest.skip("this environment was not made by this checkout's scripts/setup.sh")
+    # Set up from here, another checkout's environment would become this one's.
+    if not stack.exists() or Path(sys.prefix).parent != SETUP.parents[1]:
+        pytest.skip("this environment was not made by scripts/setup.sh of this checkout")
     started = time.perf_counter()
     done = setup(stack.read_text().strip(), VENV=sys.prefix)
     assert done.returncode == 0, done.stderr
