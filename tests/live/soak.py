@@ -3,9 +3,9 @@
     python tests/live/soak.py FOLDER [--steps 500] [--assets ASSETS] [OVERRIDE ...]
 
 Trains the quickstart's task (ASSETS: made by python -m cppo_verl.quickstart; default an untrained model's) and notes
-memory and open files of every process of the run after each step in FOLDER/samples.jsonl. FOLDER/result.json compares the
-last fifth of the steps with the second: no process may hold over 5% and 8 MiB more or have more files open, a step may take
-10% longer. Given again after an interruption the run goes on; what is compared is the longest attempt.
+memory and open files of every process of the run after each step in FOLDER/samples.jsonl. FOLDER/result.json compares
+the last fifth of the steps with the second: no process may hold over 5% and 8 MiB more or have more files open, a step
+may take 10% longer. Given again after an interruption the run goes on; what is compared is the longest attempt.
 """
 
 import argparse
