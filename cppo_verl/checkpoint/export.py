@@ -2,16 +2,17 @@
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from cppo_verl.checkpoint.card import model_card
 from cppo_verl.checkpoint.find import Checkpoint, CheckpointError, check_shards, has_weights
+from cppo_verl.run.files import read_json, sync_tree, write_atomically
 from cppo_verl.run.machine import has_gpu
 
 
@@ -31,6 +32,8 @@ def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None], trus
         fcntl.flock(lock, fcntl.LOCK_EX)  # two evaluations of one checkpoint merge it once
         if has_weights(merged) and merged.stat().st_mtime >= _newest(checkpoint.folder):
             return merged
+        if merged.is_symlink():
+            raise CheckpointError(f"{merged} is a symbolic link, which a merge would replace: move it away")
         say(f"merging {checkpoint.folder} into {merged}")
         temporary = checkpoint.folder.parent / ".merging"
         shutil.rmtree(temporary, ignore_errors=True)  # of a merger that was killed
@@ -58,19 +61,31 @@ def export(checkpoint: Checkpoint, out: Path | None, say: Callable[[str], None])
     folder = hugging_face_folder(checkpoint, say)
     card = model_card(checkpoint)
     if out is not None:
-        temporary = out.with_name(out.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(folder, temporary)
-        _readable(temporary)
-        folder = temporary.rename(out)
-    (folder / "README.md").write_text(card)
+        return _copy(folder, card, out)
+    write_atomically(folder / "README.md", card)
     return folder
+
+
+def _copy(folder: Path, card: str, out: Path) -> Path:
+    """``out``: the folder's files and the card, all or nothing."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        (temporary / "README.md").write_text(card)
+        _readable(temporary)
+        sync_tree(temporary)
+        return temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _readable(folder: Path) -> None:
     """The files' modes as this process makes files; safetensors makes its own for the owner alone."""
     mask = os.umask(0)
     os.umask(mask)
+    folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~mask)
@@ -97,7 +112,7 @@ def _merge(checkpoint: Checkpoint, target: Path, trust_remote_code: bool) -> Non
     command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(target)]
     if checkpoint.backend == "megatron":
         config = checkpoint.folder / "model" / "huggingface" / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings"):
+        if config.is_file() and read_json(config, "use another checkpoint").get("tie_word_embeddings"):
             command.append("--tie-word-embedding")
     if trust_remote_code:
         command.append("--trust-remote-code")

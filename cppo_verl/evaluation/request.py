@@ -13,9 +13,9 @@ from cppo_verl.checkpoint.export import fingerprint
 from cppo_verl.checkpoint.find import Checkpoint
 from cppo_verl.config.compose import compose
 from cppo_verl.data.sources import AIME
-from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, write_lines
+from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question
+from cppo_verl.run.files import read_json, write_atomically, write_lines
 from cppo_verl.run.folder import MANIFEST, read_config
-from cppo_verl.run.log import write_atomically
 from cppo_verl.run.machine import has_gpu
 
 
@@ -160,7 +160,7 @@ def engine_arguments(model: Path, parallel: int, config: DictConfig) -> dict[str
 
 
 def check_length(model: Path, max_tokens: int) -> None:
-    config = json.loads((model / "config.json").read_text())
+    config = read_json(model / "config.json", "copy the model again")
     limit = config.get("max_position_embeddings")
     if limit is not None and not config.get("rope_scaling") and max_tokens >= limit:
         raise EvaluationError(

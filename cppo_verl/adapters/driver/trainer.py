@@ -155,7 +155,7 @@ class TrustRegionTrainer(PPOTrainerSync):
     def _restore_history(self, step: int) -> None:
         """Metrics and validation samples as they were at ``step``; its validation is repeated if it had not ended."""
         for path in (self.log.folder / "validation").glob("*.jsonl"):
-            if int(path.stem) > step:
+            if path.stem.isdecimal() and int(path.stem) > step:
                 path.unlink()
         settings = self.config.trainer
         folder = retention.step_folder(settings.default_local_dir, step)
@@ -168,7 +168,7 @@ class TrustRegionTrainer(PPOTrainerSync):
             for name, value in read_metrics(self.log.folder).get(step, {}).items()
             if name not in ("step", "time")
         }
-        saved = retention.metrics_of(folder) if retention.is_complete(folder) else {}
+        saved = retention.metrics_of(folder)
         due = settings.test_freq > 0 and (step % settings.test_freq == 0 or step >= self.total_training_steps)
         settings.val_before_train = due and not accuracies(logged)
         if settings.val_before_train:
@@ -218,6 +218,8 @@ class TrustRegionTrainer(PPOTrainerSync):
         self.log.event("saving", step=self.global_steps)
         self._prune()  # room for the new one
         folder = retention.step_folder(self.config.trainer.default_local_dir, self.global_steps)
+        if folder.is_symlink():  # verl would write to where it leads
+            raise FileExistsError(f"{folder} is a symbolic link, which no run replaces: move it away, then resume")
         try:
             retention.remove(folder)  # what an attempt that was killed left there
             super()._save_checkpoint()
