@@ -4,6 +4,7 @@ Everything a report says is computed from these three files.
 """
 
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +105,15 @@ def read_questions(files: Sequence[Path], limit: int | None = None) -> list[Ques
     return list(questions.values())
 
 
+def content_hashes(questions: Sequence[Question]) -> dict[str, str]:
+    """benchmark -> SHA-256 of its questions."""
+    digests: dict[str, Any] = {}
+    for question in questions:
+        line = json.dumps(asdict(question), sort_keys=True) + "\n"
+        digests.setdefault(question.benchmark, hashlib.sha256()).update(line.encode())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
 def grade_sample(sample: Sample, question: Question, reward: Callable[..., Any] = compute_score) -> Sample:
     """The sample with outcome and answer, from the project's grader or a reward function of one's own.
 
@@ -149,8 +159,13 @@ class Evaluation:
         again = f"put a copy back, or move {folder} away and evaluate again"
         manifest = read_json(folder / MANIFEST, again, "settings", "attempts")
         questions = list(_records(folder / QUESTIONS, Question, again))
-        if not questions:
-            raise DamagedFile(folder / QUESTIONS, 1, "is empty", again)
+        if content_hashes(questions) != manifest["settings"]["questions"]:
+            raise DamagedFile(
+                folder / QUESTIONS,
+                len(questions),
+                f"is cut off: these are not all questions that {MANIFEST} names",
+                again,
+            )
         path = folder / SAMPLES
         # A sample that is lost is made again by the same command.
         samples = _records(path, Sample, "delete that line, then continue with cppo eval") if path.exists() else ()

@@ -146,7 +146,7 @@ def _object(data: bytes, path: Path, line: int, remedy: str) -> dict[str, Any]:
     if not data.strip():
         raise DamagedFile(path, line, "is empty", remedy)
     try:
-        content = json.loads(data)
+        content = json.loads(data.rstrip())
     except json.JSONDecodeError as error:
         raise DamagedFile(path, line + error.lineno - 1, f"is damaged ({error.msg})", remedy) from None
     except UnicodeDecodeError as error:

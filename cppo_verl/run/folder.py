@@ -38,7 +38,7 @@ def read_config(folder: str | Path) -> DictConfig:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise DamagedFile(path, line, f"is damaged ({error.problem})", remedy) from None
-    except YAMLError:
+    except (YAMLError, UnicodeDecodeError):
         raise DamagedFile(path, 1, "is damaged (no text)", remedy) from None
     except OSError:  # OmegaConf's for what is no mapping
         config = OmegaConf.create([])

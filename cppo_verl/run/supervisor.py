@@ -1,7 +1,6 @@
 """Starts a process of ours, follows what it writes, and leaves nothing of it running, however it ends."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import IO, Any, Protocol
 import psutil
 
 from cppo_verl.run import lifeline
+from cppo_verl.run.files import DamagedFile, parse_line
 from cppo_verl.run.log import EVENTS
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
@@ -156,7 +156,8 @@ class _Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        written = path.read_bytes() if path.exists() else b""
+        self.offset, self.number = written.rfind(b"\n") + 1, written.count(b"\n")
         self.identity = path.stat().st_ino if path.exists() else None
 
     def new(self) -> Iterator[dict[str, Any]]:
@@ -171,7 +172,11 @@ class _Tail:
                 if not line.endswith(b"\n"):
                     return
                 self.offset += len(line)
-                yield json.loads(line)
+                self.number += 1
+                try:
+                    yield parse_line(line, self.path, self.number)
+                except DamagedFile as error:  # no reason to end the process that is followed
+                    print(f"cppo: {error}", file=sys.stderr)
 
 
 @contextmanager
