@@ -36,6 +36,17 @@ def check_run(config: DictConfig) -> Iterator[Problem]:
         yield from _changed_since(folder / CONFIG, config)
 
 
+def check_stall(config: DictConfig) -> Iterator[Problem]:
+    """A time that can pass."""
+    minutes = config.run.stall_minutes
+    if minutes is None:
+        return
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf"):
+        yield about(
+            "run.stall_minutes", f"={minutes}: give minutes without progress that end the run, or null for never"
+        )
+
+
 def _holds_a_run(folder: Path) -> bool:
     """Not where its very first file could not be written."""
     if not folder.exists():

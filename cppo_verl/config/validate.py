@@ -50,6 +50,7 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[Problem]], ...] = (
     check_files.check_data,
     check_files.check_reward,
     check_run.check_run,
+    check_run.check_stall,
     check_run.check_checkpoints,
     check_kept.check_owner,
     check_kept.check_earlier_attempts,

@@ -50,7 +50,9 @@ def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -
         )
         return 2
     display = RunDisplay(folder, log_file)
-    status = supervise(module, folder, log_file, environment(config), folder / METRICS, display)
+    minutes = config.run.stall_minutes
+    stall = None if minutes is None else 60 * minutes
+    status = supervise(module, folder, log_file, environment(config), folder / METRICS, display, stall)
     if status == 0:
         display.summary()
     elif status != INTERRUPTED:
