@@ -72,8 +72,8 @@ def find(text: str, revision: str | None = None, on_hub: bool = True) -> Checkpo
     if (path / "checkpoints").is_dir() and not has_weights(path):
         path = path / "checkpoints"
     steps = retention.complete_steps(path)
-    for step, error in retention.damaged(path):
-        if not steps or step > steps[-1]:
+    for later, error in retention.damaged(path):
+        if not steps or later > steps[-1]:
             raise error
     if steps:
         path = retention.step_folder(path, steps[-1])

@@ -61,15 +61,15 @@ def check_earlier_attempts(config: DictConfig) -> Iterator[Problem]:
                 read(folder)
             except DamagedFile as error:
                 yield about("run.resume", f"=true: {error}")
-        for _, error in retention.damaged(checkpoints):
-            yield about("run.resume", f"=true: {error}")
+        for _, damage in retention.damaged(checkpoints):
+            yield about("run.resume", f"=true: {damage}")
     resumed = 0
     if config.trainer.resume_mode == "resume_path":
         source = Path(str(config.trainer.resume_from_path))
         resumed = next((step for step, path in retention.step_folders(source.parent).items() if path == source), 0)
-        for step, error in retention.damaged(source.parent):
+        for step, damage in retention.damaged(source.parent):
             if step == resumed and source.parent != Path(checkpoints):
-                yield about("trainer.resume_from_path", f"={source}: {error}")
+                yield about("trainer.resume_from_path", f"={source}: {damage}")
     for step, link in retention.step_folders(checkpoints).items():
         if link.is_symlink() and step > resumed:
             yield about(

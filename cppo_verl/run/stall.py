@@ -81,8 +81,8 @@ class Watch:
         for path in sorted(self.folder.glob("*.json")):
             with suppress(OSError, ValueError, KeyError):
                 said: dict[str, Any] = json.loads(path.read_text())
-                names = ("worker", "host", "pid", "phase", "done", "doing")
-                found.append(Worker(*(said[name] for name in names), path))
+                name, host, pid = (said[key] for key in ("worker", "host", "pid"))
+                found.append(Worker(name, host, pid, said["phase"], said["done"], said["doing"], path))
         return found
 
     def _report(self) -> str:
