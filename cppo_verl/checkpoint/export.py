@@ -15,6 +15,9 @@ from cppo_verl.checkpoint.find import Checkpoint, CheckpointError, check_shards,
 from cppo_verl.run.files import read_json, sync_tree, write_atomically
 from cppo_verl.run.machine import has_gpu
 
+# In every folder that a merge makes and may replace.
+_MARK = ".merged"
+
 
 def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None], trust_remote_code: bool = False) -> Path:
     """The checkpoint as a Hugging Face folder; verl's shards are merged once, into ``global_step_N/merged``.
@@ -32,17 +35,24 @@ def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None], trus
         fcntl.flock(lock, fcntl.LOCK_EX)  # two evaluations of one checkpoint merge it once
         if has_weights(merged) and merged.stat().st_mtime >= _newest(checkpoint.folder):
             return merged
-        if merged.is_symlink():
-            raise CheckpointError(f"{merged} is a symbolic link, which a merge would replace: move it away")
         say(f"merging {checkpoint.folder} into {merged}")
         temporary = checkpoint.folder.parent / ".merging"
+        for folder in (temporary, merged):
+            _require_own(folder)
         shutil.rmtree(temporary, ignore_errors=True)  # of a merger that was killed
         temporary.mkdir()
+        (temporary / _MARK).touch()
         _merge(checkpoint, temporary, trust_remote_code)
         _readable(temporary)
         shutil.rmtree(merged, ignore_errors=True)
         temporary.rename(merged)
     return merged
+
+
+def _require_own(folder: Path) -> None:
+    """Raise CheckpointError where something is there that no merge has made."""
+    if os.path.lexists(folder) and (folder.is_symlink() or not (folder / _MARK).is_file()):
+        raise CheckpointError(f"{folder} is in the way, and no merge of these shards has made it: move it away")
 
 
 def export(checkpoint: Checkpoint, out: Path | None, say: Callable[[str], None]) -> Path:
@@ -71,7 +81,7 @@ def _copy(folder: Path, card: str, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_MARK))
         (temporary / "README.md").write_text(card)
         _readable(temporary)
         sync_tree(temporary)

@@ -132,6 +132,11 @@ def built_with(out: Path) -> dict[str, Any] | None:
     return dict(manifest["settings"])
 
 
+def others_in(out: Path) -> list[str]:
+    """What lies in a build's folder beside the build, which replacing it would delete."""
+    return sorted({path.name for path in out.iterdir()} - {MANIFEST, "model", "train.parquet", "heldout.parquet"})
+
+
 def main() -> None:
     """Build unless the same build is there already; refuse to replace a directory that is not a build."""
     parser = build_parser()
@@ -144,6 +149,9 @@ def main() -> None:
         return
     if out.exists() and built is None and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"{out} exists and is not a quickstart build; move it or choose another --out")
+    if built is not None and (out.is_symlink() or others_in(out)):
+        beside = ", ".join(others_in(out))
+        parser.error(f"{out} holds more than another build ({beside or 'a link'}); move it or choose another --out")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half built is removed
     print(f"warming up a tiny Qwen3 on sums: {settings['warmup']['steps']} steps of supervised training", flush=True)
     manifest = build_atomically(out, settings)

@@ -131,7 +131,8 @@ def supervise(
     if stalled is not None:
         failed = {"error": type(stalled).__name__, "message": str(stalled)}
         display.event({"event": "failed", **failed})
-        RunLog(folder).event("failed", **failed)
+        with suppress(OSError):  # the terminal has it
+            RunLog(folder).event("failed", **failed)
     return status
 
 

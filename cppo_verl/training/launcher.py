@@ -82,7 +82,8 @@ def _end_of_earlier_attempt(folder: Path, limit: float = 60) -> bool:
 def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path:
     """Make or reopen the run folder: resolved config, manifest of this attempt. Returns the attempt's log file."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    attempt = 1 + len(list((folder / "logs").glob("train-*.log")))
+    earlier = (path.stem.removeprefix("train-") for path in (folder / "logs").glob("train-*.log"))
+    attempt = 1 + max((int(number) for number in earlier if number.isdecimal()), default=0)
     text = OmegaConf.to_yaml(config, resolve=True)
     for path in (folder / CONFIG, folder / "logs" / f"config-{attempt}.yaml"):
         write_atomically(path, text)

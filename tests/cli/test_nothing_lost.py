@@ -1,13 +1,15 @@
 """What a command deletes or replaces is what it has made itself: nobody else's checkpoints, folders and links."""
 
 import json
+import os
 import sys
 
 import pytest
 from omegaconf import OmegaConf
 
 from cppo_verl.adapters.driver.trainer import TrustRegionTrainer
-from cppo_verl.checkpoint import retention
+from cppo_verl.checkpoint import export, retention
+from cppo_verl.checkpoint.find import CheckpointError, find
 from cppo_verl.cli import main
 from cppo_verl.config import compose as configuration
 from cppo_verl.config.validate import validate
@@ -174,6 +176,58 @@ def test_the_quickstart_builds_over_its_own_builds_only(manifest, tmp_path, monk
     with pytest.raises(SystemExit):
         quickstart.main()
     assert "exists and is not a quickstart build" in capsys.readouterr().err
+
+
+def test_the_quickstart_keeps_what_lies_beside_its_build(tmp_path, monkeypatch, capsys):
+    (tmp_path / "manifest.json").write_text('{"settings": {"seed": 1}, "heldout_sampled": {}}')
+    for name in ("train.parquet", "heldout.parquet", "runs"):
+        (tmp_path / name).touch()
+    built = []
+    monkeypatch.setattr(quickstart, "build_atomically", lambda *_: built.append(1) or sys.exit(0))
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        quickstart.main()
+    assert "holds more than another build (runs); move it" in capsys.readouterr().err
+    assert not built
+    (tmp_path / "runs").unlink()
+    with pytest.raises(SystemExit):
+        quickstart.main()
+    assert built
+
+
+@pytest.mark.parametrize("name", ["merged", ".merging"])
+def test_a_merge_replaces_earlier_merges_only(name, tmp_path, monkeypatch):
+    """Shards may lie anywhere, beside a folder of that name."""
+    shards = tmp_path / "actor"
+    shards.mkdir()
+    (shards / "fsdp_config.json").write_text('{"world_size": 0}')
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").touch()
+
+    def merge(_, target, __):
+        (target / "config.json").write_text("{}")
+        (target / "model.safetensors").touch()
+
+    monkeypatch.setattr(export, "_merge", merge)
+    with pytest.raises(CheckpointError, match=rf"{name} is in the way, and no merge of these shards has made it"):
+        export.hugging_face_folder(find(str(shards)), print)
+    assert (tmp_path / name / "thesis.tex").exists()
+    (tmp_path / name).rename(tmp_path / "mine")
+    merged = export.hugging_face_folder(find(str(shards)), print)
+    os.utime(merged, (0, 0))  # older than the shards
+    said = []
+    export.hugging_face_folder(find(str(shards)), said.append)
+    assert said
+    assert "actor" in said[0]
+
+
+def test_the_log_of_an_attempt_is_never_anothers(base, tmp_path):
+    config = started([*base, "run.name=a"])
+    logs = tmp_path / "runs/a/logs"
+    for attempt in (1, 2, 3):
+        (logs / f"train-{attempt}.log").touch()
+    (logs / "train-2.log").unlink()
+    assert prepare_folder(config, tmp_path / "runs/a", ["cppo", "train"]).name == "train-4.log"
 
 
 def test_prepared_data_does_not_replace_other_files(tmp_path, capsys):
