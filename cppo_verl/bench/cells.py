@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from cppo_verl.bench.timing import Effort
-from cppo_verl.run.log import read_lines, write_atomically
+from cppo_verl.run.files import read_lines, write_atomically
 
 # A part and its sizes, and "variants" where not all of its functions are timed; the record of a finished one also has
 # "seconds", a list for each function that was.

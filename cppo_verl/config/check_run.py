@@ -13,7 +13,8 @@ from cppo_verl.checkpoint import retention
 from cppo_verl.config.check_settings import not_positive
 from cppo_verl.config.compose import run_folder
 from cppo_verl.problems import Problem, about
-from cppo_verl.run.folder import CONFIG
+from cppo_verl.run.files import DamagedFile
+from cppo_verl.run.folder import CONFIG, read_config
 
 
 def check_run(config: DictConfig) -> Iterator[Problem]:
@@ -35,6 +36,17 @@ def check_run(config: DictConfig) -> Iterator[Problem]:
         yield from _changed_since(folder / CONFIG, config)
 
 
+def check_stall(config: DictConfig) -> Iterator[Problem]:
+    """A time that can pass."""
+    minutes = config.run.stall_minutes
+    if minutes is None:
+        return
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf"):
+        yield about(
+            "run.stall_minutes", f"={minutes}: give minutes without progress that end the run, or null for never"
+        )
+
+
 def _holds_a_run(folder: Path) -> bool:
     """Not where its very first file could not be written."""
     if not folder.exists():
@@ -44,7 +56,10 @@ def _holds_a_run(folder: Path) -> bool:
 
 def _changed_since(stored_file: Path, config: DictConfig) -> Iterator[Problem]:
     """What makes a run another experiment must be the same when it goes on."""
-    stored = OmegaConf.load(stored_file)
+    try:
+        stored = read_config(stored_file.parent)
+    except DamagedFile:  # check_kept says so
+        return
     for key in ("method", "divergence", "run.seed", "actor_rollout_ref.model.path", "data.train_batch_size"):
         before, now = OmegaConf.select(stored, key), OmegaConf.select(config, key)
         if isinstance(now, DictConfig):

@@ -116,6 +116,8 @@ def _fill_in_run(config: DictConfig) -> None:
     if config.run.resume == "auto":
         config.run.resume = (run_folder(config) / CONFIG).exists()
     trainer = config.trainer
+    if isinstance(trainer.default_local_dir, str):
+        trainer.default_local_dir = _absolute(trainer.default_local_dir)
     if trainer.resume_mode == "auto":  # verl would take the folder that it began last, complete or not
         trainer.resume_mode = "disable"
     steps = retention.complete_steps(trainer.default_local_dir) if config.run.resume else []

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.adapters import compat
-from cppo_verl.config import check_files, check_run, check_settings
+from cppo_verl.config import check_files, check_kept, check_machine, check_run, check_settings
 from cppo_verl.problems import ConfigError, Problem
 
 
@@ -50,6 +50,10 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[Problem]], ...] = (
     check_files.check_data,
     check_files.check_reward,
     check_run.check_run,
+    check_run.check_stall,
     check_run.check_checkpoints,
+    check_kept.check_owner,
+    check_kept.check_earlier_attempts,
     check_run.check_logger,
+    check_machine.check_machine,
 )

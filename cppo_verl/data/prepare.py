@@ -13,6 +13,7 @@ from typing import Any
 from cppo_verl.data.sources import DataError, MathProblem, load
 from cppo_verl.grading.exact import number
 from cppo_verl.grading.normalize import clean
+from cppo_verl.run.files import read_json, replacing, write_atomically
 
 TEMPLATES = {
     # Qwen's own instruction; the grader reads the last box.
@@ -158,9 +159,8 @@ def write(path: Path, name: str, rows: Sequence[MathProblem], template: str) -> 
         }
         for index, row in enumerate(rows)
     ]
-    temporary = path.with_suffix(".tmp")
-    parquet.write_table(pa.Table.from_pylist(records), temporary)
-    temporary.replace(path)
+    with replacing(path) as file:
+        parquet.write_table(pa.Table.from_pylist(records), file)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -199,6 +199,9 @@ def prepare(
     if len(set(names)) < len(names):
         raise DataError(f"a name is given twice: {', '.join(names)}")
     say = progress or (lambda text: None)
+    manifest = out / "manifest.json"
+    remedy = "give a folder of data sets, or a new one, as --out"
+    known = read_json(manifest, remedy, "sets")["sets"] if manifest.exists() else {}
     out.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {}
     evaluation: dict[str, list[MathProblem]] = {}
@@ -214,10 +217,9 @@ def prepare(
             raise DataError(f"{name}: no problem is left")
         entries[name]["sha256"] = write(out / f"{name}.parquet", name, rows, template)
         say(f"{name}: wrote {out / name}.parquet")
-    manifest = out / "manifest.json"
-    known = json.loads(manifest.read_text())["sets"] if manifest.exists() else {}
-    content = {"sets": {**known, **entries}}  # sets that an earlier command has put into the same folder stay known
-    manifest.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    # Sets that an earlier command has put into the same folder stay known.
+    content = {"sets": {**known, **entries}}
+    write_atomically(manifest, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return {"sets": entries}
 
 

@@ -149,7 +149,8 @@ def probe(what: str, subject: Subject) -> Iterator[Finding]:
 
 
 def _follow(process: "subprocess.Popen[bytes]", folder: Path) -> Iterator[Finding]:
-    from cppo_verl.run.log import EVENTS, read_lines
+    from cppo_verl.run.files import read_lines
+    from cppo_verl.run.log import EVENTS
 
     doing, remedy, deadline, seen = "Python to start", _SETUP, time.monotonic() + 60, 0
     while True:

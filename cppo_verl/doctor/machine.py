@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from cppo_verl.doctor.findings import GIB, Finding, Subject, fail, ok, readable, skip, warn
-from cppo_verl.run.machine import memory
+from cppo_verl.run.machine import LEAST_SHARED_MEMORY, SHARED_MEMORY, memory
 
 REQUIREMENTS = Path(__file__).parents[2] / "scripts" / "requirements"
 
@@ -191,11 +191,16 @@ def check_memory(_: Subject) -> Iterator[Finding]:
         yield ok(found)
 
 
-def check_shared_memory(_: Subject, path: str = "/dev/shm") -> Iterator[Finding]:
+def check_shared_memory(_: Subject, path: str = SHARED_MEMORY) -> Iterator[Finding]:
     """Ray keeps its objects there, in /tmp (slowly) if they do not fit; verl sends weights through it on CPUs."""
     usage, total = shutil.disk_usage(path), memory()[0]
     found = f"{readable(usage.free)} of {readable(usage.total)} free at {path}"
-    if usage.total < max(GIB, _RAY_SHARE * total):
+    if min(usage.total, usage.free) < LEAST_SHARED_MEMORY:
+        yield fail(
+            f"{found}; vLLM and Ray take {readable(LEAST_SHARED_MEMORY)} or more",
+            f"docker run --shm-size=8g (or --ipc=host); elsewhere: mount -o remount,size=8g {path}",
+        )
+    elif usage.total < max(GIB, _RAY_SHARE * total):
         size = f"{math.ceil(max(1, _RAY_SHARE * total / GIB))}g"
         yield warn(
             f"{found}; Ray's object store takes 30% of the memory",

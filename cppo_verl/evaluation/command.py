@@ -25,6 +25,7 @@ from cppo_verl.evaluation.request import (
     write_manifest,
 )
 from cppo_verl.evaluation.samples import SAMPLES, Evaluation, EvaluationError, read_questions
+from cppo_verl.run.files import read_json, write_atomically
 from cppo_verl.run.log import EVENTS
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import INTERRUPTED, RUN_FOLDER, locked, process_environment, supervise
@@ -70,14 +71,14 @@ def _evaluate_all(text: str, options: Options, command: list[str]) -> int:
     if status:
         return status
     window = {"rows": rows, "best": best, "best_resampled": _row(again, fresh), "last": rows[-1]}
-    (run / "eval" / "all.json").write_text(json.dumps(window, indent=2) + "\n")
+    write_atomically(run / "eval" / "all.json", json.dumps(window, indent=2) + "\n")
     _show_window(window)
     return 0
 
 
 def _row(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     folder = folder_of(checkpoint, options)
-    report = json.loads((folder / "report.json").read_text())
+    report = read_json(folder / "report.json", f"cppo report {folder} writes it again", "mean", "benchmarks")
     score = report["mean"] or next(iter(report["benchmarks"].values()))
     label = report["mean"]["label"] if report["mean"] else next(iter(report["benchmarks"]))
     keys = ("avg", "decoding_error", "interval")
@@ -178,5 +179,5 @@ def compare(a: Path, b: Path, out: Path | None) -> int:
             f"note: {name} differs (A {of_a}, B {of_b}); the scores may differ because of it", soft_wrap=True
         )
     if out:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(out, json.dumps(result, indent=2) + "\n")
     return 0

@@ -13,9 +13,9 @@ from cppo_verl.checkpoint.export import fingerprint
 from cppo_verl.checkpoint.find import Checkpoint
 from cppo_verl.config.compose import compose
 from cppo_verl.data.sources import AIME
-from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, write_lines
+from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, content_hashes
+from cppo_verl.run.files import read_json, write_atomically, write_lines
 from cppo_verl.run.folder import MANIFEST, read_config
-from cppo_verl.run.log import write_atomically
 from cppo_verl.run.machine import has_gpu
 
 
@@ -99,7 +99,7 @@ def sampling_settings(
         raise EvaluationError("--temperature 0 gives the same response n times; use -n 1")
     return {
         "model": {"source": checkpoint.source, "name": checkpoint.name, "sha256": fingerprint(model)},
-        "questions": _content_hashes(questions),
+        "questions": content_hashes(questions),
         "decoding": decoding,
         "chat": {"arguments": arguments, "template_sha256": _template_hash(model, config)},
         "reward": {
@@ -109,15 +109,6 @@ def sampling_settings(
             "sha256": _file_hash(function.path),
         },
     }
-
-
-def _content_hashes(questions: list[Question]) -> dict[str, str]:
-    """benchmark -> SHA-256 of its questions."""
-    digests: dict[str, Any] = {}
-    for question in questions:
-        line = json.dumps(asdict(question), sort_keys=True) + "\n"
-        digests.setdefault(question.benchmark, hashlib.sha256()).update(line.encode())
-    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _file_hash(path: str) -> str | None:
@@ -160,7 +151,7 @@ def engine_arguments(model: Path, parallel: int, config: DictConfig) -> dict[str
 
 
 def check_length(model: Path, max_tokens: int) -> None:
-    config = json.loads((model / "config.json").read_text())
+    config = read_json(model / "config.json", "copy the model again")
     limit = config.get("max_position_embeddings")
     if limit is not None and not config.get("rope_scaling") and max_tokens >= limit:
         raise EvaluationError(

@@ -4,21 +4,24 @@ Everything a report says is computed from these three files.
 """
 
 import functools
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cppo_verl.grading import OUTCOMES, compute_score
 from cppo_verl.grading.reward import grade_row
 from cppo_verl.problems import ConfigError
+from cppo_verl.run.files import DamagedFile, numbered_lines, read_json, write_lines
 from cppo_verl.run.folder import MANIFEST
-from cppo_verl.run.log import read_lines
+
+Record = TypeVar("Record")
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +105,15 @@ def read_questions(files: Sequence[Path], limit: int | None = None) -> list[Ques
     return list(questions.values())
 
 
+def content_hashes(questions: Sequence[Question]) -> dict[str, str]:
+    """benchmark -> SHA-256 of its questions."""
+    digests: dict[str, Any] = {}
+    for question in questions:
+        line = json.dumps(asdict(question), sort_keys=True) + "\n"
+        digests.setdefault(question.benchmark, hashlib.sha256()).update(line.encode())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
 def grade_sample(sample: Sample, question: Question, reward: Callable[..., Any] = compute_score) -> Sample:
     """The sample with outcome and answer, from the project's grader or a reward function of one's own.
 
@@ -141,14 +153,24 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path) -> "Evaluation":
-        """Raises EvaluationError where ``folder`` is not an evaluation."""
+        """Raises EvaluationError where ``folder`` is not an evaluation, DamagedFile where a file of it is damaged."""
         if not (folder / MANIFEST).is_file() or not (folder / QUESTIONS).is_file():
             raise EvaluationError(f"{folder} is not an evaluation: it has no {MANIFEST} and {QUESTIONS} (cppo eval)")
-        questions = [Question(**line) for line in read_lines(folder / QUESTIONS)]
+        again = f"put a copy back, or move {folder} away and evaluate again"
+        manifest = read_json(folder / MANIFEST, again, "settings", "attempts")
+        questions = list(_records(folder / QUESTIONS, Question, again))
+        if content_hashes(questions) != manifest["settings"]["questions"]:
+            raise DamagedFile(
+                folder / QUESTIONS,
+                len(questions),
+                f"is cut off: these are not all questions that {MANIFEST} names",
+                again,
+            )
         path = folder / SAMPLES
-        samples = [Sample(**line) for line in read_lines(path)] if path.exists() else []
+        # A sample that is lost is made again by the same command.
+        samples = _records(path, Sample, "delete that line, then continue with cppo eval") if path.exists() else ()
         by_key = {(sample.benchmark, sample.question, sample.sample): sample for sample in samples}
-        return cls(folder, json.loads((folder / MANIFEST).read_text()), questions, by_key)
+        return cls(folder, manifest, questions, by_key)
 
     @property
     def n(self) -> int:
@@ -203,9 +225,9 @@ class Evaluation:
         return changed
 
 
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A JSON-lines file, complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    temporary.replace(path)
+def _records(path: Path, kind: type[Record], remedy: str) -> Iterator[Record]:
+    for number, line in numbered_lines(path):
+        try:
+            yield kind(**line)
+        except TypeError:
+            raise DamagedFile(path, number, f"is no {kind.__name__.lower()} of an evaluation", remedy) from None

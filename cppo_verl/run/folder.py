@@ -1,14 +1,65 @@
 """A run folder: its files' names, its configuration."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import MarkedYAMLError, YAMLError
+
+from cppo_verl.run.files import DamagedFile, read_json
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
 
+# Of a whole configuration, whose end may be cut off between two settings.
+_NODES = ("actor_rollout_ref", "data", "trainer", "method", "run")
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that ``path`` is or lies in, the nearest one."""
+    files = (CONFIG, MANIFEST)
+    return next((folder for folder in (path, *path.parents) if all((folder / name).is_file() for name in files)), None)
+
 
 def read_config(folder: str | Path) -> DictConfig:
-    """The resolved configuration that a run (or an examination of one) was started with."""
-    config = OmegaConf.load(Path(folder) / CONFIG)
+    """The resolved configuration that a run (or an examination of one) was started with.
+
+    Raises:
+        DamagedFile: it is empty, cut off or no YAML mapping.
+    """
+    path = Path(folder) / CONFIG
+    remedy = "put a copy back; logs/config-N.yaml in the run folder is attempt N's"
+    text = path.read_text(errors="replace")
+    try:
+        if not text.strip():
+            raise DamagedFile(path, 1, "is empty", remedy)
+        if not text.endswith("\n"):
+            raise DamagedFile(path, 1 + text.count("\n"), "is cut off", remedy)
+        config = OmegaConf.load(path)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise DamagedFile(path, line, f"is damaged ({error.problem})", remedy) from None
+    except (YAMLError, UnicodeDecodeError):
+        raise DamagedFile(path, 1, "is damaged (no text)", remedy) from None
+    except OSError:  # OmegaConf's for what is no mapping
+        config = OmegaConf.create([])
+    lacking = [name for name in _NODES if not isinstance(config, DictConfig) or name not in config]
+    if lacking:
+        raise DamagedFile(path, 1 + text.rstrip().count("\n"), f"lacks {', '.join(lacking)}", remedy)
     assert isinstance(config, DictConfig)
     return config
+
+
+def read_attempts(folder: str | Path) -> list[dict[str, Any]]:
+    """What each attempt of a run was made with, the first one first; none where there is no manifest.
+
+    Raises:
+        DamagedFile: the manifest cannot be read.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return []
+    remedy = 'put a copy back, or write {"attempts": []} into it: only the record of earlier attempts is lost'
+    attempts = read_json(path, remedy, "attempts")["attempts"]
+    if not isinstance(attempts, list) or not all(isinstance(attempt, dict) for attempt in attempts):
+        raise DamagedFile(path, 1, "is damaged (attempts is no list)", remedy)
+    return attempts

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Where processes of one machine share arrays; Docker's default of 64 MiB holds none of vLLM's or Ray's.
+SHARED_MEMORY, LEAST_SHARED_MEMORY = "/dev/shm", 256 * 2**20
+
 
 def has_gpu() -> bool:
     """Whether there is an NVIDIA GPU, without importing torch."""

@@ -1,7 +1,6 @@
 """Starts a process of ours, follows what it writes, and leaves nothing of it running, however it ends."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,10 @@ from typing import IO, Any, Protocol
 import psutil
 
 from cppo_verl.run import lifeline
-from cppo_verl.run.log import EVENTS
+from cppo_verl.run.files import DamagedFile, parse_line
+from cppo_verl.run.log import EVENTS, RunLog
+from cppo_verl.run.progress import PROGRESS
+from cppo_verl.run.stall import Stalled, Watch
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
 RUN_TAG = "CPPO_RUN_TAG"
@@ -24,8 +26,8 @@ RUN_TAG = "CPPO_RUN_TAG"
 # Of the folder that a process writes; carried by all that it starts.
 RUN_FOLDER = "CPPO_RUN_FOLDER"
 
-# Exit status of a run that was interrupted (the shell's for SIGINT).
-INTERRUPTED = 130
+# Exit status of a run that was interrupted (the shell's for SIGINT), and of one that did not get on (timeout's).
+INTERRUPTED, STALLED = 130, 124
 
 # Defaults for the environment of a run; what the user has set wins.
 _ENVIRONMENT = {
@@ -88,27 +90,49 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def supervise(
-    module: str, folder: Path, log_file: Path, environment: dict[str, str], lines: Path, display: Display
+    module: str,
+    folder: Path,
+    log_file: Path,
+    environment: dict[str, str],
+    lines: Path,
+    display: Display,
+    stall: float | None = None,
 ) -> int:
     """Run ``python -m module folder`` to its end and leave nothing of it running; returns its exit status.
 
     Args:
         lines: a JSON-lines file that the process appends to, shown beside the folder's events.
+        stall: seconds without progress that end it, with the event "failed" and STALLED; None: it may take its time.
     """
     tag = uuid.uuid4().hex
-    process = None
+    process, stalled, watch = None, None, None
+    environment = {**environment, RUN_TAG: tag}
+    environment.pop(PROGRESS, None)
+    if stall is not None:
+        watch = Watch(log_file.with_suffix(".progress"), stall)
+        watch.folder.mkdir(exist_ok=True)
+        environment[PROGRESS] = str(watch.folder)
     with _termination_as_interrupt(), open(log_file, "ab") as log:
         try:
-            process = start(module, [str(folder)], log, {**environment, RUN_TAG: tag})
+            process = start(module, [str(folder)], log, environment)
             with display:
-                status = _follow(process, folder, lines, display)
+                status = _follow(process, folder, lines, display, watch)
         except KeyboardInterrupt:
             display.interrupted()
             if process is not None:
                 process.send_signal(signal.SIGINT)
             status = INTERRUPTED
+        except Stalled as error:
+            stalled, status = error, STALLED
+            if process is not None:
+                process.send_signal(signal.SIGINT)
         finally:
             end_run(process, tag, patience=15)
+    if stalled is not None:
+        failed = {"error": type(stalled).__name__, "message": str(stalled)}
+        display.event({"event": "failed", **failed})
+        with suppress(OSError):  # the terminal has it
+            RunLog(folder).event("failed", **failed)
     return status
 
 
@@ -136,18 +160,24 @@ def start(module: str, arguments: list[str], log: IO[bytes], environment: dict[s
     )
 
 
-def _follow(process: subprocess.Popen[bytes], folder: Path, lines: Path, display: Display) -> int:
-    """Show events and lines as they are written, until the process ends."""
+def _follow(process: subprocess.Popen[bytes], folder: Path, lines: Path, display: Display, watch: Watch | None) -> int:
+    """Show events and lines as they are written, until the process ends. Raises Stalled where it does not get on."""
     events, records = _Tail(folder / EVENTS), _Tail(lines)
     while True:
         ended = process.poll() is not None
         for event in events.new():
             display.event(event)
+            if watch:
+                watch.moved()
         for line in records.new():
             display.line(line)
+            if watch:
+                watch.moved()
         display.refresh()
         if ended:
             return process.returncode
+        if watch:
+            watch.check()
         time.sleep(0.2)
 
 
@@ -156,7 +186,8 @@ class _Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        written = path.read_bytes() if path.exists() else b""
+        self.offset, self.number = written.rfind(b"\n") + 1, written.count(b"\n")
         self.identity = path.stat().st_ino if path.exists() else None
 
     def new(self) -> Iterator[dict[str, Any]]:
@@ -171,7 +202,11 @@ class _Tail:
                 if not line.endswith(b"\n"):
                     return
                 self.offset += len(line)
-                yield json.loads(line)
+                self.number += 1
+                try:
+                    yield parse_line(line, self.path, self.number)
+                except DamagedFile as error:  # no reason to end the process that is followed
+                    print(f"cppo: {error}", file=sys.stderr)
 
 
 @contextmanager
@@ -205,6 +240,7 @@ def end_run(process: subprocess.Popen[bytes] | None, tag: str, patience: float) 
         leftovers = _tagged(tag)
         for leftover in leftovers:
             _quietly(leftover.terminate)
+            _quietly(leftover.resume)  # one that was stopped takes no signal but the last
         _, alive = psutil.wait_procs(leftovers, timeout=5)
         for leftover in {*alive, *_tagged(tag)}:
             _quietly(leftover.kill)

@@ -51,6 +51,6 @@ def plot(folder: Path) -> int:
 
     if not (folder / METRICS).exists():
         raise ConfigError(f"{folder} is not a run folder (no {METRICS})")
-    for path in plot_run(folder):
+    for path in plot_run(folder, say=lambda text: print(f"cppo plot: {text}", file=sys.stderr)):
         print(path)
     return 0

@@ -9,6 +9,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.adapters.actor.selection import select_rows
 from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
+from cppo_verl.run import progress
 
 
 class TrustRegionTrainingWorker(TrainingWorker):
@@ -43,7 +44,8 @@ class TrustRegionTrainingWorker(TrainingWorker):
             if selected is None:
                 return self._skip(data)
             data = selected
-        return super().train_batch(data)
+        with progress.doing("update"):
+            return super().train_batch(data)
 
     def _with_sizes(self, data: TensorDict) -> TensorDict:
         """With the sizes of micro-batches that verl would put in next, from the engine's settings."""
@@ -74,6 +76,7 @@ class TrustRegionActorWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
+        progress.report(f"actor worker {self.rank}")
         super().init_model()
         if "actor" in self.role:
             self.actor.set_loss_fn(TrustRegionLoss(omega_conf_to_dataclass(self.config.actor)))

@@ -16,7 +16,7 @@ from verl.utils.config import validate_config
 
 from cppo_verl.adapters import compat
 from cppo_verl.adapters.cpu import verl_platform
-from cppo_verl.run import lifeline
+from cppo_verl.run import lifeline, progress
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.log import RunLog
 
@@ -43,6 +43,7 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
         from cppo_verl.adapters.driver.trainer import TrustRegionTrainer
         from cppo_verl.adapters.rollout import registration
 
+        progress.report("driver")  # in a process of its own on GPUs
         registration.register()
         resampling.install()
         configure_verl_logging()
@@ -129,6 +130,7 @@ def _merged(*settings: Any) -> DictConfig:
 def run(folder: str, runner: Any = TaskRunner) -> None:
     """Train what RUN_FOLDER/config.yaml says; the outcome is the last event of the folder."""
     lifeline.heed()
+    progress.report("driver")
     log = RunLog(folder)
     log.event("starting Ray")
     with log.outcome():

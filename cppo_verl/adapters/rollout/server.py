@@ -23,6 +23,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
 from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK, TOPK_IDS, TRUNCATED
+from cppo_verl.run import progress
 
 
 class TopKLogprobs(Sequence[dict[int, Any]]):
@@ -120,6 +121,7 @@ class TopKServer(vLLMHttpServer):
 
     def begin(self, **settings: Any) -> None:
         """What verl makes a server with."""
+        progress.report("vLLM server")
         super().__init__(**settings)
 
     async def run_server(self, args: argparse.Namespace) -> None:
@@ -176,7 +178,8 @@ class TopKServer(vLLMHttpServer):
     ) -> TokenOutput:
         self._finished[request_id] = {}
         try:
-            output = await super().generate(prompt_ids, sampling_params, request_id, **request)
+            with progress.doing("generation"):
+                output = await super().generate(prompt_ids, sampling_params, request_id, **request)
         finally:
             fields = self._finished.pop(request_id, {})
         output.extra_fields.update(fields)
