@@ -63,7 +63,7 @@ class ExactFSDPEngine(FSDPEngineWithLMHead):
 
 
 class ExactTrainingWorker(TrainingWorker):
-    """verl's training worker on :class:`ExactFSDPEngine`, or on verl's own Megatron engine, which computes in float32."""
+    """verl's training worker on :class:`ExactFSDPEngine`, or on verl's own Megatron engine, exact by itself."""
 
     def __init__(self, config: TrainingWorkerConfig) -> None:
         if config.engine_config.strategy in _BACKENDS:

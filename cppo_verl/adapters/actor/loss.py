@@ -88,6 +88,10 @@ class TrustRegionLoss:
         return loss, {}
 
     def _tokens(self, log_prob: Tensor, data: TensorDict) -> tuple[Tokens, TopK | None]:
+        if log_prob.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"log pi arrived in {log_prob.dtype}: ratios and divergences would carry its rounding (docs/topk.md)"
+            )
         padded = data.select("response_mask", "loss_mask", "rollout_log_probs", "advantages").to_padded_tensor()
         rollout_log_prob = padded["rollout_log_probs"].float()
         seeds = data.get(RESPONSE_SEEDS, None)
