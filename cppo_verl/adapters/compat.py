@@ -74,6 +74,11 @@ _VERL_SOURCE_SEAMS: tuple[Seam, ...] = (
     (_SERVER, "vLLMHttpServer.generate", ("self", "prompt_ids", "sampling_params", "request_id")),
     ("trainer/ppo/v1/trainer_base.py", "PPOTrainer", ("_setup", "actor_rollout_wg", "reward_loop_manager")),
     ("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopWorkerTQ", ("tq", "list_of_dict_to_tensordict")),
+    (
+        "workers/engine/fsdp/transformer_impl.py",
+        "FSDPEngineWithLMHead",
+        ("distillation_only", "distillation_use_topk", "calculate_entropy", "temperature_is_one", "temperature_rmpad"),
+    ),
 )
 
 
@@ -122,6 +127,7 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     from verl.utils.distributed import initialize_global_process_group_ray
     from verl.utils.tracking import Tracking
     from verl.utils.ulysses import slice_input_tensor
+    from verl.workers.engine import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
     from verl.workers.rollout.llm_server import LLMServerClient
@@ -139,9 +145,12 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (SingleTurnAgentLoop.run, ("self", "sampling_params", "priority", "kwargs")),
         (ActorRolloutRefWorker.init_model, ("self",)),
         (ActorRolloutRefWorker.set_loss_fn, ("self", "loss_fn")),
+        (TrainingWorker.__init__, ("self", "config")),
         (TrainingWorker.train_mini_batch, ("self", "data")),
         (TrainingWorker.train_batch, ("self", "data")),
         (FSDPEngineWithLMHead.prepare_model_outputs, ("output", "output_args", "micro_batch", "logits_processor_func")),
+        (EngineRegistry.register, ("model_type", "backend", "device")),
+        (FSDPEngineWithLMHead.__init__, ("self", "model_config")),
         (slice_input_tensor, ("x", "dim")),
         (RolloutReplicaRegistry.register, ("name", "loader")),
         (agent_loop_worker._run_agent_loop, ("self", "sampling_params", "trajectory", "agent_name", "trace")),

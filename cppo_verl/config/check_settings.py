@@ -72,8 +72,6 @@ def check_divergence(config: DictConfig) -> Iterator[Problem]:
         yield about(
             "pad_to_length", f"=true: verl's engine refuses it where the loss reads the logits; set false, {instead}"
         )
-    if actor.strategy not in ("fsdp", "fsdp2", "megatron"):
-        yield about("actor_rollout_ref.actor.strategy", f"={actor.strategy}: use fsdp2, fsdp or megatron, {instead}")
     if actor.strategy == "megatron" and engine.get("dynamic_context_parallel", False):
         yield about("actor_rollout_ref.actor.megatron.dynamic_context_parallel", f"=true: set false, {instead}")
     if actor.strategy == "megatron" and (engine.get("override_transformer_config") or {}).get("fp8"):
@@ -162,6 +160,7 @@ def check_engine(config: DictConfig) -> Iterator[Problem]:
         )
     if on_cpu and actor.strategy != "fsdp2":
         yield about("actor_rollout_ref.actor.strategy", f"={actor.strategy}: on the CPU only fsdp2 runs")
+    yield from _check_log_probs(config)
     sizes = {
         "data.train_batch_size": config.data.train_batch_size,
         "actor_rollout_ref.actor.ppo_mini_batch_size": actor.ppo_mini_batch_size,
@@ -183,6 +182,24 @@ def check_engine(config: DictConfig) -> Iterator[Problem]:
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (both count prompts)",
         )
     yield from _check_micro_batch(config)
+
+
+def _check_log_probs(config: DictConfig) -> Iterator[Problem]:
+    """Where verl would round log pi to bfloat16 out of our reach (docs/topk.md, "What each number is computed in")."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    temperature = config.actor_rollout_ref.rollout.temperature
+    if config.trainer.device != "cpu" and actor.strategy not in ("fsdp", "fsdp2", "megatron"):
+        yield about(
+            "actor_rollout_ref.actor.strategy",
+            f"={actor.strategy}: its log-probabilities can be rounded to bfloat16; use fsdp2, fsdp or megatron",
+        )
+    backend = "triton" if actor.strategy == "megatron" else model.fused_kernel_options.impl_backend
+    if model.use_fused_kernels and backend != "triton" and temperature != 1:
+        yield about(
+            "actor_rollout_ref.rollout.temperature",
+            f"={temperature}: verl's fused kernels (impl_backend={backend}) divide bfloat16 logits by it; use 1.0, "
+            "or actor_rollout_ref.model.use_fused_kernels=false",
+        )
 
 
 def not_positive(size: Any) -> bool:

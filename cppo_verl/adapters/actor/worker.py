@@ -4,15 +4,16 @@ from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from cppo_verl.adapters.actor.engine import ExactTrainingWorker
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.adapters.actor.selection import select_rows
 from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
 from cppo_verl.run import progress
 
 
-class TrustRegionTrainingWorker(TrainingWorker):
+class TrustRegionTrainingWorker(ExactTrainingWorker):
     """Trains the minibatches of one update and adds the token statistics, summed over data parallelism."""
 
     loss_fn: TrustRegionLoss
@@ -73,6 +74,7 @@ class TrustRegionActorWorker(ActorRolloutRefWorker):
     """verl's hybrid worker (actor, rollout, optional reference) whose actor minimises :class:`TrustRegionLoss`."""
 
     actor_worker_cls = TrustRegionTrainingWorker
+    ref_worker_cls = ExactTrainingWorker
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
