@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cppo_verl.checkpoint.trust import OWN_REWARD
 from cppo_verl.grading import OUTCOMES, compute_score
 from cppo_verl.grading.reward import grade_row
 from cppo_verl.problems import ConfigError
@@ -23,7 +24,6 @@ from cppo_verl.run.log import read_lines
 _log = logging.getLogger(__name__)
 
 QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
-OWN_REWARD = "pkg://cppo_verl.grading"
 
 
 class EvaluationError(ConfigError):
