@@ -134,9 +134,12 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
     from verl.workers.utils.padding import no_padding_2_padding
 
+    from cppo_verl.adapters import store
+
     agent_loop_worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
     return [
         (run_ppo, ("config", "task_runner_class")),
+        (store.rendezvous._create_c10d_store, ("hostname", "port", "rank", "world_size", "timeout", "use_libuv")),
         (agg_loss, ("loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens", "loss_scale_factor")),
         (bootstrap_metric, ("data", "subset_size", "reduce_fns", "n_bootstrap", "seed")),
         (kl_penalty, ("logprob", "ref_logprob", "kl_penalty")),

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cppo_verl.checkpoint.export import hugging_face_folder
 from cppo_verl.checkpoint.find import Checkpoint, checkpoints_of, find
+from cppo_verl.checkpoint.trust import OWN_REWARD, check_trust
 from cppo_verl.evaluation import comparison
 from cppo_verl.evaluation.display import SamplingDisplay
 from cppo_verl.evaluation.report import notes, rich_table, terminal_tables, write_report
@@ -26,6 +27,7 @@ from cppo_verl.evaluation.request import (
 )
 from cppo_verl.evaluation.samples import SAMPLES, Evaluation, EvaluationError, read_questions
 from cppo_verl.run.files import read_json, write_atomically
+from cppo_verl.run.folder import foreign
 from cppo_verl.run.log import EVENTS
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import INTERRUPTED, RUN_FOLDER, locked, process_environment, supervise
@@ -102,6 +104,7 @@ def _plus_minus(row: dict[str, Any]) -> str:
 
 def _evaluate(checkpoint: Checkpoint, options: Options, command: list[str]) -> int:
     config = run_config(checkpoint)
+    check_trust(checkpoint, config, options.trust)
     questions = read_questions(data_files(options, config), options.limit)
     folder = folder_of(checkpoint, options)
     with locked(folder) as free:
@@ -142,18 +145,30 @@ def _sample(evaluation: Evaluation, attempt: dict[str, Any]) -> int:
     return status
 
 
-def report(evaluation: Path, regrade: bool) -> int:
+def report(evaluation: Path, regrade: bool, trust: bool) -> int:
     """``cppo report EVALUATION``: recompute, write and print every number from the kept samples."""
     if regrade:
+        known = Evaluation.read(evaluation)
+        _check_reward(known, trust)
         from cppo_verl.evaluation.generation import reward_function
 
-        known = Evaluation.read(evaluation)
         with locked(evaluation) as free:  # a running evaluation appends to the file that this replaces
             if not free:
                 return 2
             changed = known.regrade(reward_function(known.manifest["settings"]["reward"]))
         _console.print(f"graded {len(known.samples)} samples again; {changed} outcomes changed")
     return _report(evaluation)
+
+
+def _check_reward(evaluation: Evaluation, trusted: bool) -> None:
+    """Raise EvaluationError where grading again would run a function that somebody else's manifest names."""
+    path = evaluation.manifest["settings"]["reward"]["path"]
+    reason = foreign(evaluation.folder, evaluation.manifest.get("folder"))
+    if reason and path != OWN_REWARD and not trusted:
+        raise EvaluationError(
+            f"--regrade: {evaluation.folder} {reason}, and grading runs the code that its manifest names ({path}); "
+            "give --trust if you trust who made it"
+        )
 
 
 def _report(folder: Path) -> int:

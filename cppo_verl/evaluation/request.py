@@ -45,6 +45,8 @@ class Options:
     """Folder of the evaluation. Default: RUN/eval/step_N-seedS, else evals/NAME-seedS."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
+    trust: bool = False
+    """Run code that comes with a checkpoint of somebody else's."""
 
 
 def run_config(checkpoint: Checkpoint) -> DictConfig:
@@ -176,7 +178,7 @@ def open_evaluation(folder: Path, settings: dict[str, Any], questions: list[Ques
         return known
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / QUESTIONS, map(asdict, questions))
-    write_manifest(folder, {"settings": settings, "attempts": []})
+    write_manifest(folder, {"folder": str(folder), "settings": settings, "attempts": []})
     return Evaluation.read(folder)
 
 

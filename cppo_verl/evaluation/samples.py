@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cppo_verl.checkpoint.trust import OWN_REWARD
 from cppo_verl.grading import OUTCOMES, compute_score
 from cppo_verl.grading.reward import grade_row
 from cppo_verl.problems import ConfigError
@@ -26,7 +27,6 @@ Record = TypeVar("Record")
 _log = logging.getLogger(__name__)
 
 QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
-OWN_REWARD = "pkg://cppo_verl.grading"
 
 
 class EvaluationError(ConfigError):

@@ -1,5 +1,6 @@
-"""A run folder: its files' names, its configuration."""
+"""A run folder: its files' names, its configuration, whose it is."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,16 @@ def read_attempts(folder: str | Path) -> list[dict[str, Any]]:
     if not isinstance(attempts, list) or not all(isinstance(attempt, dict) for attempt in attempts):
         raise DamagedFile(path, 1, "is damaged (attempts is no list)", remedy)
     return attempts
+
+
+def foreign(folder: Path, made_as: str | Path | None) -> str | None:
+    """Why what lies in ``folder`` may be somebody else's; None where this user owns it and it was made there.
+
+    Args:
+        made_as: the folder that its own files name; None: they name none.
+    """
+    if folder.stat().st_uid != os.geteuid():
+        return f"belongs to another user (uid {folder.stat().st_uid})"
+    if made_as is None:
+        return "does not say where it was made"
+    return None if Path(made_as).resolve() == folder.resolve() else f"was made as {made_as}"

@@ -26,6 +26,9 @@ RUN_TAG = "CPPO_RUN_TAG"
 # Of the folder that a process writes; carried by all that it starts.
 RUN_FOLDER = "CPPO_RUN_FOLDER"
 
+# umask of what a run writes.
+_PRIVATE = 0o077
+
 # Exit status of a run that was interrupted (the shell's for SIGINT), and of one that did not get on (timeout's).
 INTERRUPTED, STALLED = 130, 124
 
@@ -39,6 +42,14 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
+}
+# Of a run on one machine: whatever it opens is for that machine. The first is Ray's switch that makes 127.0.0.1 the
+# node's address, which verl, TransferQueue and vLLM's HTTP server take over.
+_ONE_MACHINE_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 _CPU_ENVIRONMENT = {
     "VERL_PLATFORM": "cpu",
@@ -71,9 +82,24 @@ class Display(AbstractContextManager[Any], Protocol):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Make ``folder`` and hold it for this process; False, after a message, where that cannot be."""
+    """Make ``folder`` and hold it for this process; False, after a message, where that cannot be.
+
+    A new folder and what is written meanwhile are for the user alone.
+    """
+    with suppress(OSError):  # of which the folder's own mkdir tells
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    previous = os.umask(_PRIVATE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with _held(folder) as free:
+            yield free
+    finally:
+        os.umask(previous)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    try:
+        folder.mkdir(exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         print(f"cppo: {folder} cannot be written: {error}; choose another folder", file=sys.stderr)
@@ -136,9 +162,14 @@ def supervise(
     return status
 
 
-def process_environment(on_cpu: bool, model: str) -> dict[str, str]:
-    """What every process that loads ``model`` gets; variables that the user has set win."""
-    defaults = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}
+def process_environment(on_cpu: bool, model: str, address: str | None = None) -> dict[str, str]:
+    """What every process that loads ``model`` gets; variables that the user has set win.
+
+    Args:
+        address: of the Ray cluster that is joined, as ``ray.init`` takes it; None: as RAY_ADDRESS says.
+    """
+    joins = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+    defaults = {**_ENVIRONMENT, **({} if joins else _ONE_MACHINE_ENVIRONMENT), **(_CPU_ENVIRONMENT if on_cpu else {})}
     if Path(model).is_dir():
         # A local model needs no hub; without this, loading it waits for a network that may not be there.
         defaults["HF_HUB_OFFLINE"] = "1"
@@ -146,7 +177,8 @@ def process_environment(on_cpu: bool, model: str) -> dict[str, str]:
 
 
 def start(module: str, arguments: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """``python -m module arguments``, tied to this process; its output goes to ``log``."""
+    """``python -m module arguments``, tied to this process; output goes to ``log``, files are the user's alone."""
+    _keep_ray_token_private()
     command = [sys.executable, "-m", module, *arguments]
     # A session of its own: Ctrl-C reaches the launcher only, which ends the run in order.
     return subprocess.Popen(
@@ -156,8 +188,16 @@ def start(module: str, arguments: list[str], log: IO[bytes], environment: dict[s
         stderr=log,
         env=environment,
         start_new_session=True,
+        umask=_PRIVATE,
         preexec_fn=lifeline.tie,
     )
+
+
+def _keep_ray_token_private() -> None:
+    """Ray has made the token that protects its processes readable for everybody, where another umask held."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):
+        token.chmod(0o600)
 
 
 def _follow(process: subprocess.Popen[bytes], folder: Path, lines: Path, display: Display, watch: Watch | None) -> int:

@@ -105,5 +105,6 @@ def environment(config: DictConfig, tag: str | None = None) -> dict[str, str]:
     tracking = {"TENSORBOARD_DIR": str(folder / "tensorboard"), "WANDB_DIR": str(folder), "WANDB_RESUME": "allow"}
     if attempts := read_attempts(folder):
         tracking["WANDB_RUN_ID"] = attempts[0]["tracking_id"]
-    variables = process_environment(config.trainer.device == "cpu", str(config.actor_rollout_ref.model.path))
+    model, address = str(config.actor_rollout_ref.model.path), config.ray_kwargs.ray_init.get("address")
+    variables = process_environment(config.trainer.device == "cpu", model, address)
     return {**tracking, **variables, RUN_FOLDER: str(folder), **({RUN_TAG: tag} if tag else {})}

@@ -1,11 +1,14 @@
 """The actor worker: verl's own, with the trust-region loss installed and its statistics returned with the metrics."""
 
+from typing import Any
+
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from cppo_verl.adapters import store
 from cppo_verl.adapters.actor.engine import ExactTrainingWorker
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.adapters.actor.selection import select_rows
@@ -75,6 +78,10 @@ class TrustRegionActorWorker(ActorRolloutRefWorker):
 
     actor_worker_cls = TrustRegionTrainingWorker
     ref_worker_cls = ExactTrainingWorker
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        store.listen_on_its_host()
+        super().__init__(*args, **kwargs)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:

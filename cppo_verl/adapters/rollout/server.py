@@ -7,6 +7,7 @@ the engine, instead of vLLM's dictionary, object and detokenized string for each
 
 import argparse
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, overload
@@ -120,8 +121,9 @@ class TopKServer(vLLMHttpServer):
             self.begin(**settings)
 
     def begin(self, **settings: Any) -> None:
-        """What verl makes a server with."""
+        """What verl makes a server with; vLLM's own sockets are on Ray's address of the node, as the server's is."""
         progress.report("vLLM server")
+        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address().strip("[]"))
         super().__init__(**settings)
 
     async def run_server(self, args: argparse.Namespace) -> None:
