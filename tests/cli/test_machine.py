@@ -18,6 +18,12 @@ from cppo_verl.training import launcher
 MIB = 2**20
 
 
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    """A check that lets through what it should refuse fails here, and trains nothing."""
+    monkeypatch.setattr(launcher, "supervise", lambda *_, **__: pytest.fail("it was started"))
+
+
 @pytest.fixture
 def base(live_assets, tmp_path):
     return ["platform=cpu", "recipe=quickstart", f"quickstart.assets={live_assets}", f"run.dir={tmp_path}"]
@@ -40,8 +46,7 @@ def sizes(monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "told"), [((64, 64), "64 MiB in all"), ((24000, 3), "3 MiB free")])
-def test_a_small_or_full_dev_shm_is_refused_before_ray_starts(base, sizes, size, told, capsys, monkeypatch):
-    monkeypatch.setattr(launcher, "supervise", lambda *_: pytest.fail("it was started"))
+def test_a_small_or_full_dev_shm_is_refused_before_ray_starts(base, sizes, size, told, capsys):
     sizes["/dev/shm"] = size
     assert main(["train", *base]) == 2
     (line,) = capsys.readouterr().err.splitlines()
