@@ -43,7 +43,7 @@ def damage(path, how):
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch):
     """A check that lets through what it should refuse fails here, and trains nothing."""
-    monkeypatch.setattr(launcher, "supervise", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from cppo_verl.config.validate import validate
 from cppo_verl.doctor.files import check_disk
 from cppo_verl.doctor.findings import Subject
 from cppo_verl.doctor.machine import check_shared_memory
-from cppo_verl.training import launcher
 
 MIB = 2**20
 
@@ -21,7 +20,7 @@ MIB = 2**20
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch):
     """A check that lets through what it should refuse fails here, and trains nothing."""
-    monkeypatch.setattr(launcher, "supervise", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from cppo_verl.training.launcher import prepare_folder
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch):
     """A check that lets through what it should refuse fails here, and trains nothing."""
-    monkeypatch.setattr(launcher, "supervise", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
 
 
 @pytest.fixture
