@@ -195,17 +195,12 @@ def check_shared_memory(_: Subject, path: str = SHARED_MEMORY) -> Iterator[Findi
     """Ray keeps its objects there, in /tmp (slowly) if they do not fit; verl sends weights through it on CPUs."""
     usage, total = shutil.disk_usage(path), memory()[0]
     found = f"{readable(usage.free)} of {readable(usage.total)} free at {path}"
+    size = f"{math.ceil(max(1, _RAY_SHARE * total / GIB))}g"
+    remedy = f"docker run --shm-size={size} (or --ipc=host); elsewhere: mount -o remount,size={size} {path}"
     if min(usage.total, usage.free) < LEAST_SHARED_MEMORY:
-        yield fail(
-            f"{found}; vLLM and Ray take {readable(LEAST_SHARED_MEMORY)} or more",
-            f"docker run --shm-size=8g (or --ipc=host); elsewhere: mount -o remount,size=8g {path}",
-        )
+        yield fail(f"{found}; vLLM and Ray take {readable(LEAST_SHARED_MEMORY)} or more", remedy)
     elif usage.total < max(GIB, _RAY_SHARE * total):
-        size = f"{math.ceil(max(1, _RAY_SHARE * total / GIB))}g"
-        yield warn(
-            f"{found}; Ray's object store takes 30% of the memory",
-            f"docker run --shm-size={size} (or --ipc=host); elsewhere: mount -o remount,size={size} {path}",
-        )
+        yield warn(f"{found}; Ray's object store takes 30% of the memory", remedy)
     else:
         yield ok(found)
 

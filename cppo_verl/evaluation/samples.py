@@ -159,7 +159,7 @@ class Evaluation:
         again = f"put a copy back, or move {folder} away and evaluate again"
         manifest = read_json(folder / MANIFEST, again, "settings", "attempts")
         questions = list(_records(folder / QUESTIONS, Question, again))
-        if content_hashes(questions) != manifest["settings"]["questions"]:
+        if content_hashes(questions) != manifest["settings"].get("questions"):
             raise DamagedFile(
                 folder / QUESTIONS,
                 len(questions),

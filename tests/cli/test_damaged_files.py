@@ -40,6 +40,12 @@ def damage(path, how):
     return f"{path}:"
 
 
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    """A check that lets through what it should refuse fails here, and trains nothing."""
+    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
+
+
 @pytest.fixture
 def base(live_assets, tmp_path):
     return [
@@ -84,8 +90,7 @@ def command(name, run, base):
 
 @pytest.mark.parametrize("name", DECIDING)
 @pytest.mark.parametrize("how", [EMPTY, CUT, OTHER])
-def test_a_damaged_file_of_a_run_is_named_by_every_reader(run, base, name, how, capsys, monkeypatch):
-    monkeypatch.setattr(launcher, "supervise", lambda *_, **__: pytest.fail("it was started"))
+def test_a_damaged_file_of_a_run_is_named_by_every_reader(run, base, name, how, capsys):
     named = damage(run / name, how)
     if (name, how) == ("metrics.jsonl", EMPTY):
         assert read_metrics(run) == {}  # of a run that has not logged a step

@@ -13,9 +13,14 @@ from cppo_verl.config.validate import validate
 from cppo_verl.doctor.files import check_disk
 from cppo_verl.doctor.findings import Subject
 from cppo_verl.doctor.machine import check_shared_memory
-from cppo_verl.training import launcher
 
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    """A check that lets through what it should refuse fails here, and trains nothing."""
+    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
 
 
 @pytest.fixture
@@ -40,8 +45,7 @@ def sizes(monkeypatch):
 
 
 @pytest.mark.parametrize(("size", "told"), [((64, 64), "64 MiB in all"), ((24000, 3), "3 MiB free")])
-def test_a_small_or_full_dev_shm_is_refused_before_ray_starts(base, sizes, size, told, capsys, monkeypatch):
-    monkeypatch.setattr(launcher, "supervise", lambda *_: pytest.fail("it was started"))
+def test_a_small_or_full_dev_shm_is_refused_before_ray_starts(base, sizes, size, told, capsys):
     sizes["/dev/shm"] = size
     assert main(["train", *base]) == 2
     (line,) = capsys.readouterr().err.splitlines()

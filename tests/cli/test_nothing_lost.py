@@ -19,6 +19,12 @@ from cppo_verl.training import launcher
 from cppo_verl.training.launcher import prepare_folder
 
 
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    """A check that lets through what it should refuse fails here, and trains nothing."""
+    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
+
+
 @pytest.fixture
 def base(live_assets, tmp_path):
     return ["platform=cpu", "recipe=quickstart", f"quickstart.assets={live_assets}", f"run.dir={tmp_path}/runs"]
