@@ -9,7 +9,6 @@ from cppo_verl.adapters.driver.placement import require_room
 from cppo_verl.cli import main
 from cppo_verl.config.compose import compose
 from cppo_verl.dry_run import room
-from cppo_verl.run.machine import memory
 from cppo_verl.training.reward_signal import causes, verdict, without_signal
 
 GIB = 2**30
@@ -96,15 +95,6 @@ def test_it_is_refused_by_the_command_and_only_said_by_a_dry_run(machine, model,
     assert len(refused) == 2
     assert main([*command, "--dry-run"]) == 0
     assert "cppo train: not on this machine: trainer.nnodes=2" in capsys.readouterr().err
-
-
-def test_memory_of_a_container(tmp_path):
-    whole, _ = memory(tmp_path)  # no limit there
-    (tmp_path / "memory.max").write_text(f"{GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{GIB // 2}\n")
-    (tmp_path / "memory.stat").write_text("inactive_file 1024\n")
-    assert memory(tmp_path) == (GIB, GIB // 2 + 1024)
-    assert whole > GIB
 
 
 # Sizes.
