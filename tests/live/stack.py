@@ -40,7 +40,7 @@ def run_stages(
         variables: more of its environment.
 
     Returns:
-        What the terminal showed, and each stage's metrics by step. Validation, checkpoints and trackers are the first's.
+        What the terminal showed, and each stage's metrics by step. Validation, checkpoints, trackers: of the first.
     """
     base = [*base, f"trainer.total_training_steps={sum(steps for *_, steps in stages)}"]
     folder = configuration.run_folder(configuration.compose(base))
