@@ -141,7 +141,8 @@ def updates(folder, rank, world):
 def exactness(worker, batch, temperature, path):
     """Largest errors against float64 on the very logits of an update and of an evaluation, ours and verl's own.
 
-    One line for each micro-batch ("dtype" is the logits'), and one with the norm of the gradient by verl's and by ours.
+    One line for each micro-batch ("dtype" is the logits'); of float32 logits one more with the norm of the gradient by
+    verl's and by ours.
     """
     from types import SimpleNamespace
 
@@ -174,11 +175,13 @@ def exactness(worker, batch, temperature, path):
     sizes = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 4}
     tu.assign_non_tensor(evaluated, temperature=temperature, calculate_entropy=True, compute_loss=False, **sizes)
     worker.infer_batch(evaluated)
-    gradients = []
-    for prepare in (verls.__get__(worker.engine), ours):
-        worker.engine.prepare_model_outputs = prepare
-        gradients.append(torch.tensor(update(worker, batch, 4, temperature=temperature)["grad_norm"]).mean().item())
-    lines.append({"temperature": temperature, "gradients": gradients})
+    worker.engine.prepare_model_outputs = ours
+    if lines[0]["dtype"] == "torch.float32":  # the loss refuses others from verl's
+        gradients = []
+        for prepare in (verls.__get__(worker.engine), ours):
+            worker.engine.prepare_model_outputs = prepare
+            gradients.append(torch.tensor(update(worker, batch, 4, temperature=temperature)["grad_norm"]).mean().item())
+        lines.append({"temperature": temperature, "gradients": gradients})
     with open(path, "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
