@@ -136,6 +136,7 @@ def check_rollout(config: DictConfig) -> Iterator[Problem]:
         )
     if rollout.logprobs_mode != "processed_logprobs":
         yield about("actor_rollout_ref.rollout.logprobs_mode", f"={rollout.logprobs_mode}: must be processed_logprobs")
+    yield from _check_length(config)
     if rollout.agent.default_agent_loop != "cppo_single_turn":
         yield about(
             "actor_rollout_ref.rollout.agent.default_agent_loop",
@@ -144,6 +145,17 @@ def check_rollout(config: DictConfig) -> Iterator[Problem]:
     if not_positive(rollout.n) or rollout.n is None or rollout.n < 2:
         yield about(
             "actor_rollout_ref.rollout.n", f"={rollout.n}: a group of one has no relative advantage; use 2 or more"
+        )
+
+
+def _check_length(config: DictConfig) -> Iterator[Problem]:
+    """Whether the model has a position for every token that vLLM is to make room for; verl asks too late."""
+    length = config.actor_rollout_ref.rollout.max_model_len
+    positions = model_folder.shape(config.actor_rollout_ref.model.path).get("max_position_embeddings")
+    if isinstance(length, int) and isinstance(positions, int) and length > positions:
+        yield about(
+            "actor_rollout_ref.rollout.max_model_len",
+            f"={length} is more than the {positions} positions of actor_rollout_ref.model.path; give at most as many",
         )
 
 

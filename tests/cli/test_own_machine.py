@@ -132,6 +132,15 @@ def test_a_bucket_of_ones_own_stays(model):
     assert compose(["recipe=small", model(), f"{key}=64"]).actor_rollout_ref.rollout.checkpoint_engine[BUCKET] == 64
 
 
+def test_lengths_that_the_model_does_not_have(model, live_assets, capsys):
+    """verl's server would find it a minute after the start."""
+    data = [f"data.{key}={live_assets}/train.parquet" for key in ("train_files", "val_files")]
+    command = ["train", "recipe=small", "platform=cpu", *data, "--dry-run"]
+    assert main([*command, model(max_position_embeddings=512)]) == 2
+    assert "rollout.max_model_len=768 is more than the 512 positions of" in capsys.readouterr().err
+    assert main([*command, model(max_position_embeddings=2048)]) == 0
+
+
 # A cluster, when it is there.
 
 

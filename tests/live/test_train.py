@@ -188,7 +188,9 @@ def test_an_own_model_and_own_problems_in_two_commands(tmp_path, live_assets):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     model = tmp_path / "model"
-    config = AutoConfig.from_pretrained(live_assets / "model", vocab_size=49152, hidden_size=576)
+    config = AutoConfig.from_pretrained(
+        live_assets / "model", vocab_size=49152, hidden_size=576, max_position_embeddings=2048
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     AutoTokenizer.from_pretrained(live_assets / "model").save_pretrained(model)
     rows = [json.dumps({"problem": f"{n}+3=", "answer": str(n + 3)}) for n in range(24)]
