@@ -17,6 +17,7 @@ from cppo_verl.grading.normalize import (
     split_chain,
     split_percent,
     too_complex,
+    without_set_of_one,
 )
 from cppo_verl.grading.pool import WorkerTimeout, ask
 
@@ -72,6 +73,8 @@ def _outcome(answer: str, gold: str, timeout: float) -> Outcome:
     text, truth = clean(answer), clean(stated)
     if not truth:
         raise ValueError("the gold answer is empty")
+    if not is_plural(truth):
+        text = without_set_of_one(text)
     if not text:
         return "no_answer"
     verdict = _without_algebra(text, truth, gold)

@@ -62,6 +62,7 @@ _SEVERAL = re.compile(
     r"|\\n?(?:le|ge|lt|gt|ne|leq|geq|neq|leqslant|geqslant|ll|gg)(?![A-Za-z])|\\\{"
     r"|(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
 )
+_SET_OPENS, _SET_CLOSES = re.compile(r"\A\\(?:\{|lbrace(?![A-Za-z]))"), re.compile(r"\\(?:\}|rbrace)\Z")
 _ARABIC = {"\u066a": "%", "\u066b": ".", "\u066c": ","}
 _CHAIN = re.compile(r"[{(\[})\]]|(?<![<>!:])=|\\(?:approx|simeq)(?![A-Za-z])|≈")
 # `5 7` renders as 57 and means neither that nor a sum; an exponent may stand before the next factor: 2^6 3^5.
@@ -135,6 +136,13 @@ def _ascii_form(character: str) -> str:
     if "\uff01" <= character <= "\uff5e":  # fullwidth
         return chr(ord(character) - 0xFEE0)
     return _ARABIC.get(character, character)
+
+
+def without_set_of_one(text: str) -> str:
+    """What stands in a set of one value, `5` in `\\{5\\}`; any other text unchanged."""
+    opening, closing = _SET_OPENS.search(text), _SET_CLOSES.search(text)
+    inner = text[opening.end() : closing.start()].strip() if opening and closing else ""
+    return inner if inner and not is_plural(inner) and "\\mid" not in inner and "|" not in inner else text
 
 
 def is_plural(text: str) -> bool:

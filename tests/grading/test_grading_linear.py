@@ -38,7 +38,7 @@ def expressions():
     calls |= {f"{name} alone": found[name].fullmatch for name in ANCHORED}
     functions = (
         normalize.clean, normalize.strip_unit, normalize.split_percent, normalize.split_chain, normalize.too_complex,
-        normalize.ascii_forms, extract.final_answer, grader._squashed, grader._is_tuple,
+        normalize.without_set_of_one, normalize.ascii_forms, extract.final_answer, grader._squashed, grader._is_tuple,
     )  # fmt: skip
     calls |= {function.__name__: function for function in functions}
     return calls | {"final_answer of a line": partial(extract.final_answer, answer_line=True)}
