@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -156,9 +155,11 @@ def check_rollout(config: DictConfig) -> Iterator[Problem]:
             "actor_rollout_ref.rollout.agent.default_agent_loop",
             f"={rollout.agent.default_agent_loop}: only cppo_single_turn asks for what the trust region needs",
         )
-    if not_positive(rollout.n) or rollout.n is None or rollout.n < 2:
+    length, prompt = rollout.max_model_len, config.data.max_prompt_length
+    if length is not None and length <= prompt:
         yield about(
-            "actor_rollout_ref.rollout.n", f"={rollout.n}: a group of one has no relative advantage; use 2 or more"
+            "actor_rollout_ref.rollout.max_model_len",
+            f"={length} leaves no room for a response after data.max_prompt_length={prompt}; give more, or null",
         )
 
 
@@ -175,20 +176,6 @@ def check_engine(config: DictConfig) -> Iterator[Problem]:
         )
     if on_cpu and actor.strategy != "fsdp2":
         yield about("actor_rollout_ref.actor.strategy", f"={actor.strategy}: on the CPU only fsdp2 runs")
-    sizes = {
-        "data.train_batch_size": config.data.train_batch_size,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": actor.ppo_mini_batch_size,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.ppo_micro_batch_size_per_gpu,
-    }
-    optional = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-    wrong = [
-        about(name, f" must be a positive number; got {size}")
-        for name, size in sizes.items()
-        if not_positive(size) or (size is None and name != optional)
-    ]
-    if wrong:
-        yield from wrong
-        return
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         yield about(
             "data.train_batch_size",
@@ -196,11 +183,6 @@ def check_engine(config: DictConfig) -> Iterator[Problem]:
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (both count prompts)",
         )
     yield from _check_micro_batch(config)
-
-
-def not_positive(size: Any) -> bool:
-    """A value that is set, and no count of 1 or more."""
-    return size is not None and (not isinstance(size, int) or size < 1)
 
 
 def _check_micro_batch(config: DictConfig) -> Iterator[Problem]:

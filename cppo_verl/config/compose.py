@@ -1,11 +1,13 @@
 """Composing the configuration of ``cppo train`` from configs/, verl's own defaults and the command line."""
 
 import importlib.util
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -19,6 +21,12 @@ from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.machine import has_gpu
 
 GROUPS = ("method", "divergence", "platform", "recipe")
+# What is looked into before the settings in it are checked.
+_NODES = (
+    *("run", "data", "method", "divergence", "thresholds", "algorithm", "algorithm.rollout_correction"),
+    *("actor_rollout_ref", "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"),
+    *("reward", "reward.custom_reward_function", "trainer", "ray_kwargs", "ray_kwargs.ray_init"),
+)
 
 
 def config_dir() -> Path:
@@ -42,6 +50,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
             config = hydra_compose("train", overrides=chosen)
+        _check_nodes(config)
         _fill_in_run(config)
     except (HydraException, OmegaConfBaseException) as error:
         unknown = re.match(r"Could not override '([^']+)'", str(error))
@@ -105,11 +114,21 @@ def verl_config_dir() -> Path:
     return Path(spec.origin).parent / "trainer" / "config"
 
 
+def _check_nodes(config: DictConfig) -> None:
+    for name in _NODES:
+        node = OmegaConf.select(config, name)
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{name}={node}: it holds settings; give them as {name}.NAME=VALUE")
+
+
 def _fill_in_run(config: DictConfig) -> None:
-    """Absolute folders (Ray workers may start elsewhere), a default name, and verl's resume keys."""
-    if not isinstance(config.run.dir, str):
+    """Absolute folders (Ray workers may start elsewhere), a default name, and verl's resume keys.
+
+    Values of another type are left for the checks to name.
+    """
+    if not isinstance(config.run.dir, str) or not config.run.dir.strip():
         raise ConfigError(f"run.dir={config.run.dir}: give a folder")
-    config.run.dir = str(Path(config.run.dir).expanduser().absolute())
+    config.run.dir = str(Path(os.path.expanduser(config.run.dir)).absolute())
     if config.run.name is None:
         config.run.name = f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if config.run.resume == "auto":
@@ -117,25 +136,28 @@ def _fill_in_run(config: DictConfig) -> None:
     trainer = config.trainer
     if trainer.resume_mode == "auto":  # verl would take the folder that it began last, complete or not
         trainer.resume_mode = "disable"
-    steps = retention.complete_steps(trainer.default_local_dir) if config.run.resume else []
+    own = trainer.default_local_dir
+    steps = retention.complete_steps(own) if config.run.resume and isinstance(own, str) else []
     if steps and trainer.resume_mode == "disable":
         trainer.resume_mode = "resume_path"
         trainer.resume_from_path = str(retention.step_folder(trainer.default_local_dir, steps[-1]))
     if isinstance(trainer.resume_from_path, str):
         trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/")
     model = config.actor_rollout_ref.model
-    if model.path is not None and Path(model.path).expanduser().exists():
-        model.path = str(Path(model.path).expanduser().absolute())
+    if isinstance(model.path, str) and os.path.exists(os.path.expanduser(model.path)):
+        model.path = str(Path(os.path.expanduser(model.path)).absolute())
     reward = config.reward.custom_reward_function
-    if reward.path is not None and not reward.path.startswith("pkg://"):
+    if isinstance(reward.path, str) and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)
     for key in ("train_files", "val_files"):
         files = config.data[key]
         if isinstance(files, ListConfig):
             config.data[key] = [_absolute(file) for file in files]
-        elif files is not None:
+        elif isinstance(files, str):
             config.data[key] = _absolute(files)
 
 
-def _absolute(file: str) -> str:
-    return file if "://" in file else str(Path(file).expanduser().absolute())
+def _absolute(file: Any) -> Any:
+    if not isinstance(file, str) or "://" in file:
+        return file
+    return str(Path(os.path.expanduser(file)).absolute())

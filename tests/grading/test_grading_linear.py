@@ -15,8 +15,8 @@ ANCHORED = ("_BASE", "_DECIMAL", "_DISPLAY", "_FRACTION", "_LETTERS", "_NAME", "
 STARTS = ("", "5", "5 ab", "(", "^", "1^{", "!", "_", r"\frac{", r"\text", r"\framebox", "answer", "the")
 REPEATED = (
     " ", "1", "1 ", "a", "a ", "{", "}", "(", ")", ",", ".", "^", "!", "=", "*", "\\", "\n", "- ", "%", "[", "° ",
-    "% ", r"\text{", r"\boxed{", r"\fbox", r"\framebox[", r"\frac{", r"\frac{1", "percent", " percent ", "5 a", r"\circ",
-    "1^1", r"\{", r"\}", "[,",
+    "% ", r"\text{", r"\boxed{", r"\fbox", r"\framebox[", r"\frac{", r"\frac{1", "percent", " percent ", "5 a",
+    r"\circ", "1^1", r"\{", r"\}", "[,",
 )  # fmt: skip
 ENDS = ("", "x")
 
