@@ -10,8 +10,9 @@ from huggingface_hub import ModelCardData
 from omegaconf import DictConfig
 
 from cppo_verl.checkpoint.find import Checkpoint
+from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import MANIFEST, read_config
-from cppo_verl.run.log import accuracies, read_metrics
+from cppo_verl.run.log import accuracies, json_object, read_metrics
 
 _UNKNOWN = "not known: this checkpoint lies in no run folder"
 
@@ -97,7 +98,7 @@ def _validation(run: Path, step: int) -> str:
 def _evaluations(run: Path, step: int) -> str:
     rows = []
     for path in sorted((run / "eval").glob(f"step_{step}-*/report.json")):
-        report = json.loads(path.read_text())
+        report = json_object(path.read_bytes(), str(path))
         for name, numbers in report["benchmarks"].items():
             error = numbers["decoding_error"]
             spread = "" if error is None else f" (decoding error {100 * error:.1f} points)"
@@ -108,7 +109,9 @@ def _evaluations(run: Path, step: int) -> str:
 
 
 def _origin(run: Path) -> str:
-    attempts = json.loads((run / MANIFEST).read_text())["attempts"]
+    attempts = json_object((run / MANIFEST).read_bytes(), str(run / MANIFEST)).get("attempts")
+    if not attempts:
+        raise ConfigError(f"{run / MANIFEST} is damaged: it names no attempts")
     last = attempts[-1]
     packages = ", ".join(f"{name} {version}" for name, version in last["packages"].items() if version)
     hardware = last["hardware"]

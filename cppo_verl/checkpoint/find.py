@@ -1,6 +1,6 @@
 """The checkpoint that a person means: a hub id, a run folder, verl's ``global_step_N`` or a Hugging Face folder."""
 
-import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from pathlib import Path
 from cppo_verl.checkpoint import retention
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import CONFIG, MANIFEST
+from cppo_verl.run.log import json_object
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _STEP = re.compile(r"global_step_(\d+)")
@@ -61,7 +62,7 @@ def find(text: str, revision: str | None = None, on_hub: bool = True) -> Checkpo
     Raises:
         CheckpointError: nothing usable is there.
     """
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if not path.exists() and not on_hub:
         raise CheckpointError(f"{text} does not exist: give a run folder or one of its checkpoints/global_step_N")
     if not path.exists():
@@ -73,7 +74,7 @@ def find(text: str, revision: str | None = None, on_hub: bool = True) -> Checkpo
     if steps := retention.complete_steps(path):
         path = retention.step_folder(path, steps[-1])
     elif (path / _LATEST).is_file():
-        path = path / f"global_step_{(path / _LATEST).read_text().strip()}"
+        path = path / f"global_step_{(path / _LATEST).read_text(errors='replace').strip()[:20]}"
     step = next((int(found[1]) for part in reversed(path.parts) if (found := _STEP.fullmatch(part))), None)
     if (path / "actor").is_dir():
         path = path / "actor"
@@ -126,7 +127,10 @@ def check_shards(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every rank's file of an FSDP checkpoint is there."""
     if checkpoint.backend != "fsdp":
         return
-    ranks = json.loads((checkpoint.folder / "fsdp_config.json").read_text())["world_size"]
+    file = checkpoint.folder / "fsdp_config.json"
+    ranks = json_object(file.read_bytes(), str(file)).get("world_size")
+    if not isinstance(ranks, int) or ranks < 1:
+        raise CheckpointError(f"{file} is damaged: it has no world_size; use another checkpoint")
     names = [f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
     missing = [name for name in names if not (checkpoint.folder / name).is_file()]
     if missing:

@@ -1,6 +1,7 @@
 """Whether the method, the divergence, verl's modes, the rollout and the engine fit each other."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -17,11 +18,16 @@ def check_method(config: DictConfig) -> Iterator[Problem]:
     """The method's class, its fields and their types, its own checks; KL thresholds on a total variation."""
     settings = {name: value for name, value in config.method.items() if name != "_target_"}
     target = config.method.get("_target_")
+    log = logging.getLogger("hydra.utils")
+    log.disabled = True  # it would say the same in other words
     try:
         method = get_class(str(target))
     except Exception as error:  # of the module, which may be anybody's
-        yield about("method._target_", f"={target} cannot be imported: {str(error).splitlines()[0]}")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        yield about("method._target_", f"={target} cannot be imported: {reason}")
         return
+    finally:
+        log.disabled = False
     if not is_dataclass(method):
         yield about("method._target_", f"={target} is not a dataclass of settings (docs/adding_a_method.md)")
         return

@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +22,7 @@ from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.machine import has_gpu
 
 GROUPS = ("method", "divergence", "platform", "recipe")
+_LONGEST_REASON = 400  # characters
 # What is looked into before the settings in it are checked.
 _NODES = (
     *("run", "data", "method", "divergence", "thresholds", "algorithm", "algorithm.rollout_correction"),
@@ -38,6 +40,7 @@ def config_dir() -> Path:
 def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose ``configs/train.yaml`` with command-line overrides. Raises ConfigError with Hydra's reason."""
     for override in overrides:
+        _check_word(override)
         _check_choice(override)
     chosen = list(overrides)
     if not any(override.startswith("platform=") for override in overrides):
@@ -52,10 +55,20 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             config = hydra_compose("train", overrides=chosen)
         _check_nodes(config)
         _fill_in_run(config)
-    except (HydraException, OmegaConfBaseException) as error:
+        OmegaConf.to_container(config, resolve=True)  # what refers to a setting that there is not
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         unknown = re.match(r"Could not override '([^']+)'", str(error))
-        raise ConfigError(_no_such_setting(unknown[1], chosen) if unknown else str(error)) from None
+        raise ConfigError(_no_such_setting(unknown[1], chosen) if unknown else _reason(error)) from None
     return config
+
+
+def _reason(error: Exception) -> str:
+    """Hydra's or omegaconf's, in one line, without what is of use to their authors only."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("object_type=", "reference_type=", "See https"))]
+    return "; ".join(kept)[:_LONGEST_REASON]
 
 
 def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
@@ -97,12 +110,30 @@ def run_folder(config: DictConfig) -> Path:
     return Path(config.run.dir) / str(config.run.name)
 
 
-def _check_choice(override: str) -> None:
-    group, separator, value = override.partition("=")
-    if group.lstrip("+") == "hydra.searchpath":
+def _check_word(override: str) -> None:
+    """One word in Hydra's grammar, whose own messages do not name it."""
+    shown = override if len(override) < 80 else f"{override[:80]}..."
+    if not re.match(r"\+{0,2}[A-Za-z_][^=]*=|~[A-Za-z_]", override):
+        raise ConfigError(f"'{shown}' is no setting: give NAME=VALUE, e.g. method=dppo")
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError, RecursionError) as error:
+        raise ConfigError(f"{shown}: {_reason(error)}; quote what is no plain value: \"NAME='...'\"") from None
+    is_group = any((folder / parsed.key_or_group).is_dir() for folder in (config_dir(), verl_config_dir()))
+    if is_group and not isinstance(parsed.value(), str | list | dict):
+        raise ConfigError(f"{shown}: it holds settings; give them as {parsed.key_or_group}.NAME=VALUE")
+    if parsed.key_or_group == "hydra.searchpath":
         raise ConfigError(
             "hydra.searchpath: the path to verl's settings stands there; give a file's settings as overrides"
         )
+    if parsed.key_or_group.partition(".")[0] == "hydra":
+        raise ConfigError(
+            f"{shown}: Hydra's own settings decide nothing here; run.dir and run.name say where a run is written"
+        )
+
+
+def _check_choice(override: str) -> None:
+    group, separator, value = override.partition("=")
     if separator and group in GROUPS and value not in choices(group):
         raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(choices(group))}")
 

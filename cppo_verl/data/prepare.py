@@ -13,6 +13,7 @@ from typing import Any
 from cppo_verl.data.sources import DataError, MathProblem, load
 from cppo_verl.grading.exact import number
 from cppo_verl.grading.normalize import clean
+from cppo_verl.run.log import json_object, write_atomically
 
 TEMPLATES = {
     # Qwen's own instruction; the grader reads the last box.
@@ -175,8 +176,10 @@ class Request:
 def parse_request(text: str) -> Request:
     """``NAME`` or ``NAME=FILE_OR_REPOSITORY``."""
     name, _, source = text.partition("=")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise DataError(f"{text}: give NAME or NAME=FILE, with a name of letters, digits, '-', '_' and '.'")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise DataError(
+            f"{text[:100]}: give NAME or NAME=FILE, with a name of at most 100 letters, digits, '-', '_' and '.'"
+        )
     return Request(name, source or None)
 
 
@@ -198,8 +201,13 @@ def prepare(
     names = [request.name for request in (*train, *held_out)]
     if len(set(names)) < len(names):
         raise DataError(f"a name is given twice: {', '.join(names)}")
+    if not names:
+        raise DataError("nothing to prepare: give --train SET or --eval SET")
     say = progress or (lambda text: None)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
+    known = _known_sets(out / "manifest.json")  # before the work: it may be damaged
     entries: dict[str, Any] = {}
     evaluation: dict[str, list[MathProblem]] = {}
     for request in held_out:
@@ -214,11 +222,18 @@ def prepare(
             raise DataError(f"{name}: no problem is left")
         entries[name]["sha256"] = write(out / f"{name}.parquet", name, rows, template)
         say(f"{name}: wrote {out / name}.parquet")
-    manifest = out / "manifest.json"
-    known = json.loads(manifest.read_text())["sets"] if manifest.exists() else {}
     content = {"sets": {**known, **entries}}  # sets that an earlier command has put into the same folder stay known
-    manifest.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_atomically(out / "manifest.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
     return {"sets": entries}
+
+
+def _known_sets(manifest: Path) -> dict[str, Any]:
+    if not manifest.exists():
+        return {}
+    sets = json_object(manifest.read_bytes(), str(manifest)).get("sets")
+    if not isinstance(sets, dict):
+        raise DataError(f"{manifest} is damaged: it names no sets; move it away")
+    return sets
 
 
 def _one_set(

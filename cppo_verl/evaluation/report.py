@@ -212,5 +212,5 @@ def write_report(evaluation: Evaluation) -> dict[str, Any]:
     """``report.json`` and ``report.md`` in the evaluation's folder; returns the numbers."""
     report = summarize(evaluation)
     (evaluation.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (evaluation.folder / "report.md").write_text(markdown(report))
+    (evaluation.folder / "report.md").write_text(markdown(report), encoding="utf-8", errors="backslashreplace")
     return report

@@ -15,7 +15,7 @@ from cppo_verl.config.compose import compose
 from cppo_verl.data.sources import AIME
 from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, write_lines
 from cppo_verl.run.folder import MANIFEST, read_config
-from cppo_verl.run.log import write_atomically
+from cppo_verl.run.log import json_object, write_atomically
 from cppo_verl.run.machine import has_gpu
 
 
@@ -71,7 +71,7 @@ def data_files(options: Options, config: DictConfig) -> list[Path]:
 
 def folder_of(checkpoint: Checkpoint, options: Options) -> Path:
     if options.out:
-        return options.out.expanduser().absolute()
+        return Path(os.path.expanduser(options.out)).absolute()
     root = checkpoint.run / "eval" if checkpoint.run else Path("evals").absolute()
     return root / f"{checkpoint.name}-seed{options.seed}"
 
@@ -134,7 +134,11 @@ def _template_hash(model: Path, config: DictConfig) -> str:
     from transformers import AutoTokenizer
 
     remote_code = bool(config.actor_rollout_ref.model.get("trust_remote_code", False))
-    template = AutoTokenizer.from_pretrained(model, trust_remote_code=remote_code).chat_template
+    try:
+        template = AutoTokenizer.from_pretrained(model, trust_remote_code=remote_code).chat_template
+    except Exception as error:  # of whatever kind a damaged file leads to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"{model}: its tokenizer cannot be loaded ({reason}); copy the model again") from None
     if not template:
         raise EvaluationError(f"{model} has no chat template, which turns a problem into a prompt")
     return hashlib.sha256(str(template).encode()).hexdigest()
@@ -160,9 +164,9 @@ def engine_arguments(model: Path, parallel: int, config: DictConfig) -> dict[str
 
 
 def check_length(model: Path, max_tokens: int) -> None:
-    config = json.loads((model / "config.json").read_text())
+    config = json_object((model / "config.json").read_bytes(), str(model / "config.json"))
     limit = config.get("max_position_embeddings")
-    if limit is not None and not config.get("rope_scaling") and max_tokens >= limit:
+    if isinstance(limit, int) and not config.get("rope_scaling") and max_tokens >= limit:
         raise EvaluationError(
             f"--max-tokens {max_tokens} leaves no room for a prompt: the model has {limit} positions "
             "(max_position_embeddings); give a smaller one"

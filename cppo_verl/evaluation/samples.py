@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from cppo_verl.evaluation.records import read_manifest, read_records
 from cppo_verl.grading import OUTCOMES, compute_score
 from cppo_verl.grading.reward import grade_row
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import MANIFEST
-from cppo_verl.run.log import read_lines
 
 _log = logging.getLogger(__name__)
 
@@ -141,14 +141,22 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path) -> "Evaluation":
-        """Raises EvaluationError where ``folder`` is not an evaluation."""
+        """Raises ConfigError where ``folder`` is not an evaluation, or one of its files is damaged."""
         if not (folder / MANIFEST).is_file() or not (folder / QUESTIONS).is_file():
             raise EvaluationError(f"{folder} is not an evaluation: it has no {MANIFEST} and {QUESTIONS} (cppo eval)")
-        questions = [Question(**line) for line in read_lines(folder / QUESTIONS)]
-        path = folder / SAMPLES
-        samples = [Sample(**line) for line in read_lines(path)] if path.exists() else []
+        manifest = read_manifest(folder / MANIFEST)
+        questions = read_records(folder / QUESTIONS, Question)
+        if not questions:
+            raise EvaluationError(f"{folder / QUESTIONS}: damaged, it has no question")
+        samples = read_records(folder / SAMPLES, Sample) if (folder / SAMPLES).exists() else []
+        asked = {(question.benchmark, question.id) for question in questions}
+        for number, sample in enumerate(samples, 1):
+            if (sample.benchmark, sample.question) not in asked or sample.outcome not in OUTCOMES:
+                raise EvaluationError(
+                    f"{folder / SAMPLES}, line {number}: damaged, a question or outcome that there is not"
+                )
         by_key = {(sample.benchmark, sample.question, sample.sample): sample for sample in samples}
-        return cls(folder, json.loads((folder / MANIFEST).read_text()), questions, by_key)
+        return cls(folder, manifest, questions, by_key)
 
     @property
     def n(self) -> int:

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cppo_verl.problems import ConfigError
+
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
@@ -56,18 +58,35 @@ class RunLog:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that was cut off by a crash is ignored."""
-    with open(path) as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """The records of a JSON-lines file; a last line that was cut off by a crash is ignored.
+
+    Raises:
+        ConfigError: another line is not one JSON object in UTF-8.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield json_object(line, f"{path}, line {number}")
+
+
+def json_object(content: bytes, where: str) -> dict[str, Any]:
+    """One JSON object in UTF-8. Raises ConfigError beginning with ``where`` it stands."""
+    try:
+        record = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: damaged, it cannot be read: {error}") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where}: damaged, it is not a JSON object")
+    return record
 
 
 def read_metrics(folder: str | Path) -> dict[int, dict[str, Any]]:
     """All metrics of a run folder by step, ascending."""
     steps: dict[int, dict[str, Any]] = {}
     path = Path(folder) / METRICS
-    for line in read_lines(path) if path.exists() else ():
+    for number, line in enumerate(read_lines(path) if path.exists() else (), 1):
+        if not isinstance(line.get("step"), int):
+            raise ConfigError(f"{path}, line {number}: damaged, it names no step")
         steps.setdefault(line["step"], {}).update(line)
     return dict(sorted(steps.items()))
 
@@ -76,7 +95,7 @@ def accuracies(line: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
     """metric name -> ("AIME24 Avg@16", value) for every validation accuracy in a line of metrics."""
     found = {}
     for key, value in line.items():
-        if key.startswith("val-core/") and "/acc/mean@" in key and value is not None:
+        if key.startswith("val-core/") and "/acc/mean@" in key and isinstance(value, int | float):
             source, _, samples = key.removeprefix("val-core/").partition("/acc/mean@")
             found[key] = (f"{source} Avg@{samples}", value)
     return found

@@ -17,6 +17,7 @@ import psutil
 
 from cppo_verl.run import lifeline
 from cppo_verl.run.log import EVENTS
+from cppo_verl.run.terminal import warn
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
 RUN_TAG = "CPPO_RUN_TAG"
@@ -74,14 +75,14 @@ def locked(folder: Path) -> Iterator[bool]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        print(f"cppo: {folder} cannot be written: {error}; choose another folder", file=sys.stderr)
+        warn(f"cppo: {folder} cannot be written: {error}; choose another folder")
         yield False
         return
     with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"cppo: {folder} is still going on in another process", file=sys.stderr)
+            warn(f"cppo: {folder} is still going on in another process")
             yield False
             return
         yield True

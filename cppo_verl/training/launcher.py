@@ -1,7 +1,6 @@
 """``cppo train`` from a checked configuration to the end of the run: its folder, its process, its display."""
 
 import json
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cppo_verl.config.compose import run_folder
+from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import CONFIG, MANIFEST
-from cppo_verl.run.log import EVENTS, METRICS, write_atomically
+from cppo_verl.run.log import EVENTS, METRICS, json_object, write_atomically
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import (
     INTERRUPTED,
@@ -22,6 +22,7 @@ from cppo_verl.run.supervisor import (
     stale_processes,
     supervise,
 )
+from cppo_verl.run.terminal import warn
 from cppo_verl.training.display import RunDisplay
 
 
@@ -39,13 +40,11 @@ def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -
     if not _end_of_earlier_attempt(folder):
         return 2
     for stale in stale_processes():
-        print(_left_behind(*stale), file=sys.stderr)
+        warn(_left_behind(*stale))
     try:
         log_file = prepare_folder(config, folder, command)
     except OSError as error:
-        print(
-            f"cppo: the run folder {folder} cannot be written: {error}; make room, or change run.dir", file=sys.stderr
-        )
+        warn(f"cppo: the run folder {folder} cannot be written: {error}; make room, or change run.dir")
         return 2
     display = RunDisplay(folder, log_file)
     status = supervise(module, folder, log_file, environment(config), folder / METRICS, display)
@@ -68,9 +67,9 @@ def _end_of_earlier_attempt(folder: Path, limit: float = 60) -> bool:
     deadline = time.monotonic() + limit
     while own := [stale for stale in stale_processes(held=folder) if stale[0] == folder]:
         if time.monotonic() > deadline:
-            print(f"{_left_behind(*own[0])}; then give the same command again", file=sys.stderr)
+            warn(f"{_left_behind(*own[0])}; then give the same command again")
             return False
-        print(f"cppo: waiting for {len(own[0][1])} processes of an earlier attempt to end", file=sys.stderr)
+        warn(f"cppo: waiting for {len(own[0][1])} processes of an earlier attempt to end")
         time.sleep(5)
     return True
 
@@ -92,7 +91,12 @@ def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
     path = folder / MANIFEST
-    return json.loads(path.read_text())["attempts"] if path.exists() else []
+    if not path.exists():
+        return []
+    attempts = json_object(path.read_bytes(), str(path)).get("attempts")
+    if not isinstance(attempts, list) or not all(isinstance(one, dict) and "tracking_id" in one for one in attempts):
+        raise ConfigError(f"{path}: damaged, it names no attempts; move it away to go on without them")
+    return attempts
 
 
 def environment(config: DictConfig, tag: str | None = None) -> dict[str, str]:
