@@ -95,6 +95,7 @@ def check_data(config: DictConfig) -> Iterator[Problem]:
                 absent = not Path(file).exists()
                 hint = "; cppo prepare makes data files" if absent else ""
                 yield Problem("data file", f"data.{key}: {file} {problem}{hint}", only_here=absent)
+                rows += 1 << 60  # how many there are is another question
             elif count < 1 << 60 and isinstance(needed, int):
                 long += _too_long(Path(file), config, needed)
         if rows and isinstance(needed, int) and rows < needed:

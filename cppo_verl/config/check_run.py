@@ -1,5 +1,6 @@
 """Whether the run can start or go on: its folder, its checkpoints, its loggers."""
 
+import importlib.util
 import netrc
 import os
 import re
@@ -15,6 +16,17 @@ from cppo_verl.config.schema import shown
 from cppo_verl.problems import Problem, about
 from cppo_verl.run.folder import CONFIG
 
+# What verl imports for a logger, after Ray has started.
+_PACKAGES = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "vemlp_wandb": "volcengine_ml_platform",
+    "clearml": "clearml",
+    "trackio": "trackio",
+    "rl_insight": "rl_insight",
+}
 # File systems take 255 bytes; names of files are made of it.
 _LONGEST_NAME = 200
 
@@ -22,6 +34,10 @@ _LONGEST_NAME = 200
 def check_run(config: DictConfig) -> Iterator[Problem]:
     """A new name, or a run that goes on as the experiment it was."""
     name, folder = str(config.run.name), run_folder(config)
+    taken = next((path for path in (Path(config.run.dir), *Path(config.run.dir).parents) if path.is_file()), None)
+    if taken is not None:
+        yield about("run.dir", f"={taken} is a file: give a folder")
+        return
     if "/" in name or name.strip() in ("", ".", "..") or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         yield about("run.name", f"={shown(name)}: a plain folder name is needed, of {_LONGEST_NAME} bytes at most")
     elif config.run.resume not in (True, False):
@@ -111,6 +127,11 @@ def check_logger(config: DictConfig) -> Iterator[Problem]:
             "trainer.logger",
             "=file: every resume empties verl's file; the run folder's metrics.jsonl has the same names",
         )
+    for name, package in _PACKAGES.items():
+        if name in loggers and importlib.util.find_spec(package) is None:
+            yield about(
+                "trainer.logger", f" has {name}, but the package {package} is not installed; install or drop it"
+            )
     if "wandb" in loggers and not wandb_can_start():
         yield Problem(
             "wandb login",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -96,13 +97,14 @@ def check_divergence(config: DictConfig) -> Iterator[Problem]:
 
 def _vocabulary_size(path: str | None) -> int | None:
     """Of a local model folder; None where it cannot be told before loading."""
-    file = Path(path).expanduser() / "config.json" if path else None
+    file = Path(os.path.expanduser(path)) / "config.json" if path else None
     if file is None or not file.is_file():
         return None
     try:
-        size = json.loads(file.read_text()).get("vocab_size")
-    except (OSError, ValueError):
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):  # named by check_files
         return None
+    size = content.get("vocab_size") if isinstance(content, dict) else None
     return size if isinstance(size, int) else None
 
 

@@ -14,9 +14,12 @@ from cppo_verl.checkpoint.find import Checkpoint
 from cppo_verl.config.compose import compose
 from cppo_verl.data.sources import AIME
 from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, write_lines
-from cppo_verl.run.folder import MANIFEST, read_config
+from cppo_verl.run.folder import CONFIG, MANIFEST, read_config
 from cppo_verl.run.log import json_object, write_atomically
 from cppo_verl.run.machine import has_gpu
+
+# What is read of a run's configuration.
+_READ = ("data", "reward.custom_reward_function", "actor_rollout_ref.model", "actor_rollout_ref.rollout.val_kwargs")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,11 @@ def run_config(checkpoint: Checkpoint) -> DictConfig:
     """How the checkpoint's run was validated; our defaults for a model that belongs to no run."""
     if checkpoint.run is None:
         return compose([])
-    return read_config(checkpoint.run)
+    config = read_config(checkpoint.run)
+    for name in _READ:
+        if not isinstance(OmegaConf.select(config, name), DictConfig):
+            raise EvaluationError(f"{checkpoint.run / CONFIG} is damaged: it has no {name}")
+    return config
 
 
 def data_files(options: Options, config: DictConfig) -> list[Path]:
