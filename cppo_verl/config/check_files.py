@@ -81,8 +81,8 @@ def check_data(config: DictConfig) -> Iterator[Problem]:
         files = list(files) if isinstance(files, ListConfig) else [files]
         if not files:
             yield about(f"data.{key}", " is an empty list: give a parquet file or a list of them")
-        if wrong := next((file for file in files if not isinstance(file, str) or not file), None) if files else None:
-            yield about(f"data.{key}", f"={shown(wrong)}: give a parquet file or a list of them")
+        if wrong := [file for file in files if not isinstance(file, str) or not file]:
+            yield about(f"data.{key}", f"={shown(wrong[0])}: give a parquet file or a list of them")
             continue
         rows, long = 0, 0
         for file in files:

@@ -120,7 +120,7 @@ def _check_word(override: str) -> None:
     except (HydraException, ValueError, RecursionError) as error:
         raise ConfigError(f"{shown}: {_reason(error)}; quote what is no plain value: \"NAME='...'\"") from None
     is_group = any((folder / parsed.key_or_group).is_dir() for folder in (config_dir(), verl_config_dir()))
-    if is_group and not isinstance(parsed.value(), str | list | dict):
+    if is_group and parsed.key_or_group not in GROUPS and not isinstance(parsed.value(), str | list | dict):
         raise ConfigError(f"{shown}: it holds settings; give them as {parsed.key_or_group}.NAME=VALUE")
     if parsed.key_or_group == "hydra.searchpath":
         raise ConfigError(
