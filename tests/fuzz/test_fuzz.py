@@ -1,7 +1,6 @@
 # ruff: noqa: PT017, RUF001
 """Whatever goes in: the core, the grader, `cppo prepare` and the configuration answer, or refuse in words of their own.
 
-The same examples every time; ``--hypothesis-seed`` and the slow test take others.
 """
 
 import json
@@ -96,8 +95,7 @@ def no_algebra(monkeypatch):
     monkeypatch.setattr("cppo_verl.grading.grader.ask", lambda question, timeout: {"right": False})
 
 
-@QUIET
-@settings(max_examples=400)
+@settings(QUIET, max_examples=150)
 @given(ANSWERS, ANSWERS, st.booleans())
 @example("\\boxed{" * 30, "\\boxed{", True)
 @example("9" * 5000, "9" * 5000, False)
@@ -188,8 +186,7 @@ def test_more_overrides_are_composed_or_refused(words):
     composed_or_refused(words)
 
 
-@QUIET
-@settings(max_examples=300)
+@settings(QUIET, max_examples=300)
 @given(st.one_of(JSON, st.integers(), st.floats(), st.text()))
 def test_a_setting_of_any_value_fits_its_row_or_not(value):
     for rule in RULES.values():
