@@ -163,11 +163,13 @@ def check_rollout(config: DictConfig) -> Iterator[Problem]:
             "actor_rollout_ref.rollout.agent.default_agent_loop",
             f"={rollout.agent.default_agent_loop}: only cppo_single_turn asks for what the trust region needs",
         )
-    length, prompt = rollout.max_model_len, config.data.max_prompt_length
-    if length is not None and length <= prompt:
+    # Shorter than the longest prompt alone it may do, where the data's prompts are short; the dry run warns.
+    length, sizes = rollout.max_model_len, (config.data.max_prompt_length, config.data.max_response_length)
+    if length is not None and length <= min(sizes):
         yield about(
             "actor_rollout_ref.rollout.max_model_len",
-            f"={length} leaves no room for a response after data.max_prompt_length={prompt}; give more, or null",
+            f"={length} holds neither a prompt of {sizes[0]} tokens (data.max_prompt_length) nor a response of {sizes[1]} "
+            "(data.max_response_length); give their sum, or null",
         )
 
 

@@ -457,7 +457,7 @@ TRAIN = [
     (["data.val_files={many_nulls.parquet}"], "in 20000 of 20000 rows, the first are 1, 2 and 3"),
     (["actor_rollout_ref.model.path={model_corrupt}"], "its config.json cannot be read"),
     (["actor_rollout_ref.model.path={model_no_weights}"], "has no weights"),
-    (["actor_rollout_ref.rollout.max_model_len=10"], "max_model_len=10 leaves no room for a response"),
+    (["actor_rollout_ref.rollout.max_model_len=10"], "max_model_len=10 holds neither a prompt of 24 tokens"),
     (["trainer.logger=[console,mlflow]"], "trainer.logger has mlflow, but the package mlflow is not installed"),
 ]
 # The same, of the slow tests.

@@ -1,6 +1,7 @@
 # ruff: noqa: PT017, RUF001
 """Whatever goes in: the core, the grader, `cppo prepare` and the configuration answer, or refuse in words of their own.
 
+The same examples every time; the slow test takes others.
 """
 
 import json
