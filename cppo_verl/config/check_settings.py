@@ -168,8 +168,8 @@ def check_rollout(config: DictConfig) -> Iterator[Problem]:
     if length is not None and length <= min(sizes):
         yield about(
             "actor_rollout_ref.rollout.max_model_len",
-            f"={length} holds neither a prompt of {sizes[0]} tokens (data.max_prompt_length) nor a response of {sizes[1]} "
-            "(data.max_response_length); give their sum, or null",
+            f"={length} holds neither a prompt of {sizes[0]} tokens (data.max_prompt_length) nor a response of "
+            f"{sizes[1]} (data.max_response_length); give their sum, or null",
         )
 
 

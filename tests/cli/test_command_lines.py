@@ -487,7 +487,7 @@ TRAIN_MORE = [
 
 def filled(text, place):
     """{name} is that file of the folder, there or not; OUT one that is not there."""
-    return re.sub(r"\{([\w.]+)\}", lambda found: str(place / found[1]), text).replace("OUT", str(place / "out"))
+    return re.sub(r"(?<!\$)\{([\w.]+)\}", lambda found: str(place / found[1]), text).replace("OUT", str(place / "out"))
 
 
 def refused(command, expected, place, capsys):
