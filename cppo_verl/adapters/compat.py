@@ -74,6 +74,11 @@ _VERL_SOURCE_SEAMS: tuple[Seam, ...] = (
     (_SERVER, "vLLMHttpServer.generate", ("self", "prompt_ids", "sampling_params", "request_id")),
     ("trainer/ppo/v1/trainer_base.py", "PPOTrainer", ("_setup", "actor_rollout_wg", "reward_loop_manager")),
     ("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopWorkerTQ", ("tq", "list_of_dict_to_tensordict")),
+    (
+        "workers/engine/fsdp/transformer_impl.py",
+        "FSDPEngineWithLMHead",
+        ("distillation_only", "distillation_use_topk", "calculate_entropy", "temperature_is_one", "temperature_rmpad"),
+    ),
 )
 
 
@@ -122,15 +127,19 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
     from verl.utils.distributed import initialize_global_process_group_ray
     from verl.utils.tracking import Tracking
     from verl.utils.ulysses import slice_input_tensor
+    from verl.workers.engine import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
     from verl.workers.rollout.llm_server import LLMServerClient
     from verl.workers.rollout.replica import RolloutReplicaRegistry
     from verl.workers.utils.padding import no_padding_2_padding
 
+    from cppo_verl.adapters import store
+
     agent_loop_worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
     return [
         (run_ppo, ("config", "task_runner_class")),
+        (store.rendezvous._create_c10d_store, ("hostname", "port", "rank", "world_size", "timeout", "use_libuv")),
         (agg_loss, ("loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens", "loss_scale_factor")),
         (bootstrap_metric, ("data", "subset_size", "reduce_fns", "n_bootstrap", "seed")),
         (kl_penalty, ("logprob", "ref_logprob", "kl_penalty")),
@@ -139,9 +148,12 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (SingleTurnAgentLoop.run, ("self", "sampling_params", "priority", "kwargs")),
         (ActorRolloutRefWorker.init_model, ("self",)),
         (ActorRolloutRefWorker.set_loss_fn, ("self", "loss_fn")),
+        (TrainingWorker.__init__, ("self", "config")),
         (TrainingWorker.train_mini_batch, ("self", "data")),
         (TrainingWorker.train_batch, ("self", "data")),
         (FSDPEngineWithLMHead.prepare_model_outputs, ("output", "output_args", "micro_batch", "logits_processor_func")),
+        (EngineRegistry.register, ("model_type", "backend", "device")),
+        (FSDPEngineWithLMHead.__init__, ("self", "model_config")),
         (slice_input_tensor, ("x", "dim")),
         (RolloutReplicaRegistry.register, ("name", "loader")),
         (agent_loop_worker._run_agent_loop, ("self", "sampling_params", "trajectory", "agent_name", "trace")),
@@ -156,6 +168,9 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (Tracking.log, ("self", "data", "step")),
         (PPOTrainerSync.on_sample_begin, ("self",)),
         (PPOTrainerSync.on_validate_begin, ("self",)),
+        (PPOTrainerSync.on_init_end, ("self",)),
+        (PPOTrainerSync.on_step_end, ("self",)),
+        (ReplayBuffer._sync_metadata_from_transfer_queue, ("self",)),
         (PPOTrainerSync.fit, ("self", "agent_loop_manager")),
         (tensordict_utils.get_non_tensor_data, ("data", "key", "default")),
         (tensordict_utils.assign_non_tensor, ("tensor_dict",)),

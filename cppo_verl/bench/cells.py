@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from cppo_verl.bench.timing import Effort
-from cppo_verl.run.log import read_lines, write_atomically
+from cppo_verl.run.files import read_lines, write_atomically
 
 # A part and its sizes, and "variants" where not all of its functions are timed; the record of a finished one also has
 # "seconds", a list for each function that was.
@@ -22,6 +22,7 @@ MODULES = {
     "mask": "tensors",
     "quantile": "tensors",
     "gather": "tensors",
+    "log_prob": "tensors",
     "rollout": "rollout",
     "queue": "transfer",
     "update": "engine",
@@ -31,7 +32,7 @@ MODULES = {
 
 # Bytes at the peak for each token of a padded [responses, tokens] batch: seen, rounded up.
 _BYTES_A_TOKEN = {"mask": 120, "quantile": 60, "queue": 1000}
-# A gather: logits, their gradient and what the backward pass needs in between.
+# Log-probabilities: logits, their gradient and what the backward pass needs in between.
 _COPIES_OF_THE_LOGITS = 4
 MEMORY_LIMIT = 4 * 2**30
 
@@ -47,6 +48,8 @@ def grid() -> list[Cell]:
     for dtype in ("float32", "bfloat16"):
         for tokens in (64, 256, 1024):
             cells.append({"part": "gather", "vocabulary": QWEN3_VOCABULARY, "dtype": dtype, "tokens": tokens, "k": 20})
+    for dtype in ("float32", "bfloat16"):
+        cells.append({"part": "log_prob", "vocabulary": QWEN3_VOCABULARY, "dtype": dtype, "tokens": 512})
     for vocabulary in (55, 49_152, QWEN3_VOCABULARY):
         variants = ["none", "K=0", "K=1", "K=20", "vLLM's K=20"] + ["K=64"] * (vocabulary >= 64)
         cells.append({"part": "rollout", "vocabulary": vocabulary, "responses": 32, "tokens": 32, "variants": variants})
@@ -61,7 +64,7 @@ def grid() -> list[Cell]:
 def too_large(cell: Cell) -> str | None:
     """Why a cell is not measured on this machine, or None."""
     tokens, part = cell["tokens"] * cell.get("responses", 1), cell["part"]
-    if part == "gather":
+    if part in ("gather", "log_prob"):
         size = tokens * cell["vocabulary"] * (4 if cell["dtype"] == "float32" else 2) * _COPIES_OF_THE_LOGITS
     else:
         size = tokens * _BYTES_A_TOKEN.get(part, 0)

@@ -7,7 +7,9 @@ from cppo_verl.bench.cells import RECORDS, grid, record_of, records, summary, ti
 from cppo_verl.bench.measured import measure_cells
 from cppo_verl.bench.tables import markdown
 from cppo_verl.bench.timing import Effort
-from cppo_verl.run.log import write_atomically
+from cppo_verl.problems import ConfigError
+from cppo_verl.run.files import write_atomically, write_lines
+from cppo_verl.run.folder import MANIFEST
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import locked
 
@@ -20,12 +22,13 @@ def costs(folder: Path) -> int:
     with locked(folder) as free:
         if not free:
             return 2
-        write_atomically(
-            folder / "manifest.json", json.dumps(manifest(["cppo", "bench", "--costs", str(folder)]), indent=2) + "\n"
-        )
+        made = folder / MANIFEST
+        if made.exists() and not (folder / RECORDS).exists():
+            raise ConfigError(f"--costs {folder}: {made} is of something else; give a folder of its own")
         finished = records(folder)
         # Without a last line that a kill cut off.
-        write_atomically(folder / RECORDS, "".join(json.dumps(record) + "\n" for record in finished))
+        write_lines(folder / RECORDS, finished)
+        write_atomically(made, json.dumps(manifest(["cppo", "bench", "--costs", str(folder)]), indent=2) + "\n")
         missing = [cell for cell in grid() if record_of(cell, finished) is None]
         for cell in missing:
             if reason := too_large(cell):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
-from cppo_verl.run.log import read_lines
+from cppo_verl.run.files import read_lines, write_atomically
 
 # One line a step, in the run folder.
 STEPS_FILE = "bench.jsonl"
@@ -63,5 +63,5 @@ def summarize(folder: Path) -> list[tuple[str, str]]:
                     f"{medians['ours']:.3g} {unit} against {medians[other]:.3g} {unit})",
                 )
             )
-    (folder / "bench.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_atomically(folder / "bench.json", json.dumps(figures, indent=2) + "\n")
     return rows

@@ -20,7 +20,7 @@ from cppo_verl.bench.cells import QWEN3_VOCABULARY, Cell, record_of, records
 from cppo_verl.bench.measured import measure_cells
 from cppo_verl.bench.timing import Effort
 from cppo_verl.problems import ConfigError
-from cppo_verl.run.log import write_atomically
+from cppo_verl.run.files import write_atomically
 from cppo_verl.run.machine import cpu_name
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import INTERRUPTED

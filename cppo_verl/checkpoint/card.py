@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.checkpoint.find import Checkpoint
 from cppo_verl.problems import ConfigError
-from cppo_verl.run.folder import MANIFEST, read_config
-from cppo_verl.run.log import accuracies, json_object, read_metrics
+from cppo_verl.run.files import read_json
+from cppo_verl.run.folder import MANIFEST, read_attempts, read_config
+from cppo_verl.run.log import accuracies, read_metrics
 
 _UNKNOWN = "not known: this checkpoint lies in no run folder"
 
@@ -107,7 +108,7 @@ def _validation(run: Path, step: int) -> str:
 def _evaluations(run: Path, step: int) -> str:
     rows = []
     for path in sorted((run / "eval").glob(f"step_{step}-*/report.json")):
-        report = json_object(path.read_bytes(), str(path))
+        report = read_json(path, f"cppo report {path.parent} writes it again", "benchmarks", "n")
         for name, numbers in report["benchmarks"].items():
             error = numbers["decoding_error"]
             spread = "" if error is None else f" (decoding error {100 * error:.1f} points)"
@@ -118,9 +119,9 @@ def _evaluations(run: Path, step: int) -> str:
 
 
 def _origin(run: Path) -> str:
-    attempts = json_object((run / MANIFEST).read_bytes(), str(run / MANIFEST)).get("attempts")
+    attempts = read_attempts(run)
     if not attempts:
-        raise ConfigError(f"{run / MANIFEST} is damaged: it names no attempts")
+        return "## Origin\n\nNot known: the run's manifest names no attempt."
     last = attempts[-1]
     packages = ", ".join(f"{name} {version}" for name, version in last["packages"].items() if version)
     hardware = last["hardware"]

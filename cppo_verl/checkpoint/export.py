@@ -2,17 +2,21 @@
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from cppo_verl.checkpoint.card import model_card
 from cppo_verl.checkpoint.find import Checkpoint, CheckpointError, check_shards, has_weights
+from cppo_verl.run.files import read_json, sync_tree, write_atomically
 from cppo_verl.run.machine import has_gpu
+
+# In every folder that a merge makes and may replace.
+_MARK = ".merged"
 
 
 def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None], trust_remote_code: bool = False) -> Path:
@@ -33,13 +37,22 @@ def hugging_face_folder(checkpoint: Checkpoint, say: Callable[[str], None], trus
             return merged
         say(f"merging {checkpoint.folder} into {merged}")
         temporary = checkpoint.folder.parent / ".merging"
+        for folder in (temporary, merged):
+            _require_own(folder)
         shutil.rmtree(temporary, ignore_errors=True)  # of a merger that was killed
         temporary.mkdir()
+        (temporary / _MARK).touch()
         _merge(checkpoint, temporary, trust_remote_code)
         _readable(temporary)
         shutil.rmtree(merged, ignore_errors=True)
         temporary.rename(merged)
     return merged
+
+
+def _require_own(folder: Path) -> None:
+    """Raise CheckpointError where something is there that no merge has made."""
+    if os.path.lexists(folder) and (folder.is_symlink() or not (folder / _MARK).is_file()):
+        raise CheckpointError(f"{folder} is in the way, and no merge of these shards has made it: move it away")
 
 
 def export(checkpoint: Checkpoint, out: Path | None, say: Callable[[str], None]) -> Path:
@@ -59,19 +72,31 @@ def export(checkpoint: Checkpoint, out: Path | None, say: Callable[[str], None])
     card = model_card(checkpoint)  # first: what it is made of may be damaged, and merging takes minutes
     folder = hugging_face_folder(checkpoint, say)
     if out is not None:
-        temporary = out.with_name(out.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(folder, temporary)
-        _readable(temporary)
-        folder = temporary.rename(out)
-    (folder / "README.md").write_text(card)
+        return _copy(folder, card, out)
+    write_atomically(folder / "README.md", card)
     return folder
+
+
+def _copy(folder: Path, card: str, out: Path) -> Path:
+    """``out``: the folder's files and the card, all or nothing."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_MARK))
+        (temporary / "README.md").write_text(card)
+        _readable(temporary)
+        sync_tree(temporary)
+        return temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _readable(folder: Path) -> None:
     """The files' modes as this process makes files; safetensors makes its own for the owner alone."""
     mask = os.umask(0)
     os.umask(mask)
+    folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~mask)
@@ -98,7 +123,7 @@ def _merge(checkpoint: Checkpoint, target: Path, trust_remote_code: bool) -> Non
     command += ["--local_dir", str(checkpoint.folder), "--target_dir", str(target)]
     if checkpoint.backend == "megatron":
         config = checkpoint.folder / "model" / "huggingface" / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings"):
+        if config.is_file() and read_json(config, "use another checkpoint").get("tie_word_embeddings"):
             command.append("--tie-word-embedding")
     if trust_remote_code:
         command.append("--trust-remote-code")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cppo_verl.checkpoint import retention
 from cppo_verl.problems import ConfigError
-from cppo_verl.run.folder import CONFIG, MANIFEST
-from cppo_verl.run.log import json_object
+from cppo_verl.run.files import DamagedFile, read_json
+from cppo_verl.run.folder import run_of
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _STEP = re.compile(r"global_step_(\d+)")
@@ -61,6 +61,7 @@ def find(text: str, revision: str | None = None, on_hub: bool = True) -> Checkpo
 
     Raises:
         CheckpointError: nothing usable is there.
+        DamagedFile: what says whether it is complete cannot be read.
     """
     path = Path(os.path.expanduser(text))
     if not path.exists() and not on_hub:
@@ -68,14 +69,21 @@ def find(text: str, revision: str | None = None, on_hub: bool = True) -> Checkpo
     if not path.exists():
         return _from_hub(text, revision)
     path = path.absolute()
-    run = _run_of(path)
+    run = run_of(path)
     if (path / "checkpoints").is_dir() and not has_weights(path):
         path = path / "checkpoints"
-    if steps := retention.complete_steps(path):
+    steps = retention.complete_steps(path)
+    for later, error in retention.damaged(path):
+        if not steps or later > steps[-1]:
+            raise error
+    if steps:
         path = retention.step_folder(path, steps[-1])
     elif (path / _LATEST).is_file():
         path = path / f"global_step_{(path / _LATEST).read_text(errors='replace').strip()[:20]}"
-    step = next((int(found[1]) for part in reversed(path.parts) if (found := _STEP.fullmatch(part))), None)
+    of_step = next((folder for folder in (path, *path.parents) if _STEP.fullmatch(folder.name)), None)
+    step = int(of_step.name.removeprefix("global_step_")) if of_step else None
+    if of_step:
+        retention.metrics_of(of_step)  # raises where complete.json is damaged
     if (path / "actor").is_dir():
         path = path / "actor"
     # With actor.checkpoint.save_contents=[...,hf_model] verl has written a whole Hugging Face folder itself.
@@ -97,13 +105,14 @@ def checkpoints_of(run: Path, say: Callable[[str], None]) -> list[Checkpoint]:
     Raises:
         CheckpointError: it has none.
     """
-    folders = sorted(
-        (folder for folder in (run / "checkpoints").glob("global_step_*") if _STEP.fullmatch(folder.name)),
-        key=lambda folder: int(folder.name.removeprefix("global_step_")),
-    )
+    checkpoints = run / "checkpoints"
+    damaged = dict(retention.damaged(checkpoints))
     found = []
-    marked = any(retention.is_complete(folder) for folder in folders)
-    for folder in folders:
+    marked = retention.complete_steps(checkpoints) or damaged
+    for step, folder in retention.step_folders(checkpoints).items():
+        if step in damaged:
+            say(f"left out: {damaged[step]}")
+            continue
         if marked and not retention.is_complete(folder):
             say(f"left out: {folder} was not written to its end")
             continue
@@ -111,7 +120,7 @@ def checkpoints_of(run: Path, say: Callable[[str], None]) -> list[Checkpoint]:
             checkpoint = find(str(folder))
             check_shards(checkpoint)
             found.append(checkpoint)
-        except CheckpointError as error:
+        except ConfigError as error:
             say(f"left out: {error}")
     if not found or found[0].run is None:
         raise CheckpointError(f"{run} is not a run folder with checkpoints/global_step_N: give one that saved some")
@@ -127,22 +136,16 @@ def check_shards(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every rank's file of an FSDP checkpoint is there."""
     if checkpoint.backend != "fsdp":
         return
-    file = checkpoint.folder / "fsdp_config.json"
-    ranks = json_object(file.read_bytes(), str(file)).get("world_size")
+    file, remedy = checkpoint.folder / "fsdp_config.json", "use another checkpoint"
+    ranks = read_json(file, remedy, "world_size")["world_size"]
     if not isinstance(ranks, int) or ranks < 1:
-        raise CheckpointError(f"{file} is damaged: it has no world_size; use another checkpoint")
+        raise DamagedFile(file, 1, "is damaged (world_size is no number of ranks)", remedy)
     names = [f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
     missing = [name for name in names if not (checkpoint.folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{checkpoint.folder} is incomplete: {', '.join(missing)} missing; use another checkpoint"
         )
-
-
-def _run_of(path: Path) -> Path | None:
-    """The run folder that ``path`` is or lies in."""
-    files = (CONFIG, MANIFEST)
-    return next((folder for folder in (path, *path.parents) if all((folder / name).is_file() for name in files)), None)
 
 
 def _from_hub(text: str, revision: str | None) -> Checkpoint:

@@ -14,7 +14,8 @@ from cppo_verl.checkpoint import retention
 from cppo_verl.config.compose import run_folder
 from cppo_verl.config.schema import shown
 from cppo_verl.problems import Problem, about
-from cppo_verl.run.folder import CONFIG
+from cppo_verl.run.files import DamagedFile
+from cppo_verl.run.folder import CONFIG, read_config
 
 # What verl imports for a logger, after Ray has started.
 _PACKAGES = {
@@ -63,7 +64,10 @@ def _holds_a_run(folder: Path) -> bool:
 
 def _changed_since(stored_file: Path, config: DictConfig) -> Iterator[Problem]:
     """What makes a run another experiment must be the same when it goes on."""
-    stored = OmegaConf.load(stored_file)
+    try:
+        stored = read_config(stored_file.parent)
+    except DamagedFile:  # check_kept says so
+        return
     for key in ("method", "divergence", "run.seed", "actor_rollout_ref.model.path", "data.train_batch_size"):
         before, now = OmegaConf.select(stored, key), OmegaConf.select(config, key)
         if isinstance(now, DictConfig):

@@ -1,16 +1,14 @@
 """Whether the method, the divergence, verl's modes, the rollout and the engine fit each other."""
 
-import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from pathlib import Path
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl.config import model_folder
 from cppo_verl.methods import MEASURES
 from cppo_verl.problems import Problem, about
 
@@ -64,8 +62,8 @@ def check_divergence(config: DictConfig) -> Iterator[Problem]:
         yield about("divergence.log_prob_dtype", f"={config.divergence.log_prob_dtype}: use float32 or float16")
     instead = "or choose divergence=binary_tv, which does not look at the logits"
     actor, model, rollout = (config.actor_rollout_ref[part] for part in ("actor", "model", "rollout"))
-    vocabulary = _vocabulary_size(model.path)
-    if vocabulary is not None and k > vocabulary:
+    vocabulary = model_folder.shape(model.path).get("vocab_size")
+    if isinstance(vocabulary, int) and k > vocabulary:
         yield about(
             "divergence.k", f"={k}: the vocabulary of actor_rollout_ref.model.path has only {vocabulary} tokens"
         )
@@ -79,8 +77,6 @@ def check_divergence(config: DictConfig) -> Iterator[Problem]:
         yield about(
             "pad_to_length", f"=true: verl's engine refuses it where the loss reads the logits; set false, {instead}"
         )
-    if actor.strategy not in ("fsdp", "fsdp2", "megatron"):
-        yield about("actor_rollout_ref.actor.strategy", f"={actor.strategy}: use fsdp2, fsdp or megatron, {instead}")
     if actor.strategy == "megatron" and engine.get("dynamic_context_parallel", False):
         yield about("actor_rollout_ref.actor.megatron.dynamic_context_parallel", f"=true: set false, {instead}")
     if actor.strategy == "megatron" and (engine.get("override_transformer_config") or {}).get("fp8"):
@@ -93,19 +89,6 @@ def check_divergence(config: DictConfig) -> Iterator[Problem]:
             "actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs",
             f"={limit} is less than divergence.k={k}; leave it alone, it follows divergence.k",
         )
-
-
-def _vocabulary_size(path: str | None) -> int | None:
-    """Of a local model folder; None where it cannot be told before loading."""
-    file = Path(os.path.expanduser(path)) / "config.json" if path else None
-    if file is None or not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):  # named by check_files
-        return None
-    size = content.get("vocab_size") if isinstance(content, dict) else None
-    return size if isinstance(size, int) else None
 
 
 def check_verl_mode(config: DictConfig) -> Iterator[Problem]:
@@ -186,6 +169,7 @@ def check_engine(config: DictConfig) -> Iterator[Problem]:
         )
     if on_cpu and actor.strategy != "fsdp2":
         yield about("actor_rollout_ref.actor.strategy", f"={actor.strategy}: on the CPU only fsdp2 runs")
+    yield from _check_log_probs(config)
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         yield about(
             "data.train_batch_size",
@@ -193,6 +177,24 @@ def check_engine(config: DictConfig) -> Iterator[Problem]:
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} (both count prompts)",
         )
     yield from _check_micro_batch(config)
+
+
+def _check_log_probs(config: DictConfig) -> Iterator[Problem]:
+    """Where verl would round log pi to bfloat16 out of our reach (docs/topk.md, "What each number is computed in")."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    temperature = config.actor_rollout_ref.rollout.temperature
+    if config.trainer.device != "cpu" and actor.strategy not in ("fsdp", "fsdp2", "megatron"):
+        yield about(
+            "actor_rollout_ref.actor.strategy",
+            f"={actor.strategy}: its log-probabilities can be rounded to bfloat16; use fsdp2, fsdp or megatron",
+        )
+    backend = "triton" if actor.strategy == "megatron" else model.fused_kernel_options.impl_backend
+    if model.use_fused_kernels and backend != "triton" and temperature != 1:
+        yield about(
+            "actor_rollout_ref.rollout.temperature",
+            f"={temperature}: verl's fused kernels (impl_backend={backend}) divide bfloat16 logits by it; use 1.0, "
+            "or actor_rollout_ref.model.use_fused_kernels=false",
+        )
 
 
 def _check_micro_batch(config: DictConfig) -> Iterator[Problem]:

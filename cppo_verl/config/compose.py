@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.checkpoint import retention
+from cppo_verl.config import model_folder
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.machine import has_gpu
@@ -27,6 +28,7 @@ _LONGEST_REASON = 400  # characters
 _NODES = (
     *("run", "data", "method", "divergence", "thresholds", "algorithm", "algorithm.rollout_correction"),
     *("actor_rollout_ref", "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"),
+    "actor_rollout_ref.rollout.checkpoint_engine",
     *("reward", "reward.custom_reward_function", "trainer", "ray_kwargs", "ray_kwargs.ray_init"),
 )
 
@@ -46,7 +48,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     if not any(override.startswith("platform=") for override in overrides):
         recipes = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
         # Every other recipe is for GPUs, wherever it is planned.
-        on_any = not recipes or recipes[-1] in ("quickstart", "null")
+        on_any = not recipes or recipes[-1] in ("quickstart", "small", "null")
         chosen.append(f"platform={'gpu' if has_gpu() or not on_any else 'cpu'}")
     # The same folder as pkg://verl.trainer.config, found without importing verl (5 s).
     chosen.append(f"hydra.searchpath=['file://{verl_config_dir()}']")
@@ -165,6 +167,8 @@ def _fill_in_run(config: DictConfig) -> None:
     if config.run.resume == "auto":
         config.run.resume = (run_folder(config) / CONFIG).exists()
     trainer = config.trainer
+    if isinstance(trainer.default_local_dir, str):
+        trainer.default_local_dir = _absolute(trainer.default_local_dir)
     if trainer.resume_mode == "auto":  # verl would take the folder that it began last, complete or not
         trainer.resume_mode = "disable"
     own = trainer.default_local_dir
@@ -173,10 +177,13 @@ def _fill_in_run(config: DictConfig) -> None:
         trainer.resume_mode = "resume_path"
         trainer.resume_from_path = str(retention.step_folder(trainer.default_local_dir, steps[-1]))
     if isinstance(trainer.resume_from_path, str):
-        trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/")
-    model = config.actor_rollout_ref.model
+        trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/") or "/"
+    model, engine = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.checkpoint_engine
     if isinstance(model.path, str) and os.path.exists(os.path.expanduser(model.path)):
         model.path = str(Path(os.path.expanduser(model.path)).absolute())
+    if engine.update_weights_bucket_megabytes is None:
+        least = 16 if trainer.device == "cpu" else 2048
+        engine.update_weights_bucket_megabytes = max(least, -(-model_folder.largest_tensor(model.path) // 2**20))
     reward = config.reward.custom_reward_function
     if isinstance(reward.path, str) and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)

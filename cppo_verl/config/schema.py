@@ -24,6 +24,8 @@ class Rule(NamedTuple):
     wanted: str
     """After "give ", with the unit."""
     accepts: Callable[[Any], bool]
+    hidden: bool = False
+    """A wrong value may be a secret: it is not shown."""
 
 
 def _is_count(least: int, most: float, value: Any) -> bool:
@@ -110,6 +112,12 @@ _RUN = {
     "run.mask_std_0": SWITCH,
     "run.train_all_rows": SWITCH,
     "run.poll_interval": real(0, 60, above=True, what="seconds"),
+    "run.stall_minutes": unset(real(0, above=True))._replace(
+        wanted="minutes without progress that end the run, above 0, or null for never"
+    ),
+    "run.private_variables": unset(
+        each(Rule("a name", lambda value: isinstance(value, str) and value.isidentifier()))
+    )._replace(wanted="the names of variables, not their values, e.g. [HF_TOKEN]", hidden=True),
     "run.dump_steps": each(count("a step")._replace(wanted="steps, 1 or more, e.g. [2]")),
 }
 _DATA = {
@@ -216,7 +224,7 @@ _ROLLOUT = {
     "pipeline_model_parallel_size": count("GPUs"),
     "expert_parallel_size": count("GPUs"),
     "agent.num_workers": count("processes"),
-    "checkpoint_engine.update_weights_bucket_megabytes": count("MB"),
+    "checkpoint_engine.update_weights_bucket_megabytes": unset(count("MB")),
     "engine_kwargs.vllm.max_logprobs": unset(count("log-probabilities", -1)),
     **dict.fromkeys(_ROLLOUT_SWITCHES, SWITCH),
     "val_kwargs.n": count("samples a problem"),
@@ -329,7 +337,7 @@ def check_schema(config: DictConfig) -> Iterator[Problem]:
         if name not in node or OmegaConf.is_interpolation(node, name):
             continue
         if not rule.accepts(value := _plain(node, name)):
-            yield about(key, f"={shown(value)}: give {rule.wanted}")
+            yield about(key, f"{'' if rule.hidden else f'={shown(value)}'}: give {rule.wanted}")
 
 
 def _plain(node: DictConfig, name: str) -> Any:

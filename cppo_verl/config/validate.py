@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.adapters import compat
-from cppo_verl.config import check_files, check_run, check_settings
+from cppo_verl.config import check_files, check_kept, check_machine, check_run, check_secrets, check_settings
 from cppo_verl.config.schema import check_schema
 from cppo_verl.problems import ConfigError, Problem
 
@@ -44,6 +44,7 @@ def _check_versions(config: DictConfig) -> Iterator[Problem]:
 
 _CHECKS: tuple[Callable[[DictConfig], Iterator[Problem]], ...] = (
     _check_versions,
+    check_secrets.check_secrets,
     check_settings.check_method,
     check_settings.check_divergence,
     check_settings.check_verl_mode,
@@ -56,5 +57,8 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[Problem]], ...] = (
     check_files.check_reward,
     check_run.check_run,
     check_run.check_checkpoints,
+    check_kept.check_owner,
+    check_kept.check_earlier_attempts,
     check_run.check_logger,
+    check_machine.check_machine,
 )

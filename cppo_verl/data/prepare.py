@@ -13,7 +13,7 @@ from typing import Any
 from cppo_verl.data.sources import DataError, MathProblem, load
 from cppo_verl.grading.exact import number
 from cppo_verl.grading.normalize import clean
-from cppo_verl.run.log import json_object, write_atomically
+from cppo_verl.run.files import DamagedFile, read_json, replacing, write_atomically
 
 TEMPLATES = {
     # Qwen's own instruction; the grader reads the last box.
@@ -159,9 +159,8 @@ def write(path: Path, name: str, rows: Sequence[MathProblem], template: str) -> 
         }
         for index, row in enumerate(rows)
     ]
-    temporary = path.with_suffix(".tmp")
-    parquet.write_table(pa.Table.from_pylist(records), temporary)
-    temporary.replace(path)
+    with replacing(path) as file:
+        parquet.write_table(pa.Table.from_pylist(records), file)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -206,8 +205,9 @@ def prepare(
     say = progress or (lambda text: None)
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file: give a folder")
+    manifest = out / "manifest.json"
+    known = _known_sets(manifest)  # before the work: it may be damaged
     out.mkdir(parents=True, exist_ok=True)
-    known = _known_sets(out / "manifest.json")  # before the work: it may be damaged
     entries: dict[str, Any] = {}
     evaluation: dict[str, list[MathProblem]] = {}
     for request in held_out:
@@ -222,17 +222,19 @@ def prepare(
             raise DataError(f"{name}: no problem is left")
         entries[name]["sha256"] = write(out / f"{name}.parquet", name, rows, template)
         say(f"{name}: wrote {out / name}.parquet")
-    content = {"sets": {**known, **entries}}  # sets that an earlier command has put into the same folder stay known
-    write_atomically(out / "manifest.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
+    # Sets that an earlier command has put into the same folder stay known.
+    content = {"sets": {**known, **entries}}
+    write_atomically(manifest, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return {"sets": entries}
 
 
 def _known_sets(manifest: Path) -> dict[str, Any]:
     if not manifest.exists():
         return {}
-    sets = json_object(manifest.read_bytes(), str(manifest)).get("sets")
+    remedy = "give a folder of data sets, or a new one, as --out"
+    sets = read_json(manifest, remedy, "sets")["sets"]
     if not isinstance(sets, dict):
-        raise DataError(f"{manifest} is damaged: it names no sets; move it away")
+        raise DamagedFile(manifest, 1, "is damaged (sets is no object)", remedy)
     return sets
 
 

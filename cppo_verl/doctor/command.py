@@ -135,7 +135,7 @@ def probe(what: str, subject: Subject) -> Iterator[Finding]:
     from cppo_verl.run.supervisor import RUN_FOLDER, RUN_TAG, end_run, process_environment, start
 
     tag = uuid.uuid4().hex
-    environment = {**process_environment(subject.on_cpu, str(subject.model)), RUN_TAG: tag}
+    environment = {**process_environment(subject.on_cpu, str(subject.model), subject.cluster), RUN_TAG: tag}
     environment.pop(RUN_FOLDER, None)
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
         folder = Path(name)
@@ -151,7 +151,8 @@ def probe(what: str, subject: Subject) -> Iterator[Finding]:
 
 
 def _follow(process: "subprocess.Popen[bytes]", folder: Path) -> Iterator[Finding]:
-    from cppo_verl.run.log import EVENTS, read_lines
+    from cppo_verl.run.files import read_lines
+    from cppo_verl.run.log import EVENTS
 
     doing, remedy, deadline, seen = "Python to start", _SETUP, time.monotonic() + 60, 0
     while True:

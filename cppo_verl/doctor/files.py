@@ -19,8 +19,8 @@ from cppo_verl.doctor.findings import GIB, Finding, Subject, fail, ok, readable,
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Problems that checks of their own look into: check_data, check_model, check_wandb.
-_OTHER_CHECKS = ("data file", "actor_rollout_ref.model.path", "wandb login")
+# Problems that checks of their own look into: check_data, check_model, check_wandb, check_shared_memory, check_disk.
+_OTHER_CHECKS = ("data file", "actor_rollout_ref.model.path", "wandb login", "/dev/shm", "TMPDIR", "RAY_TMPDIR")
 # The smallest runs need less.
 _LEAST_DISK = 2 * GIB
 # Ray stores nothing more on a disk that is fuller.
@@ -50,8 +50,12 @@ def check_settings(subject: Subject) -> Iterator[Finding]:
 
 def check_disk(subject: Subject) -> Iterator[Finding]:
     """Room for the run's checkpoints, for what Ray spills, and for what the hub sends."""
+    from cppo_verl.config.check_machine import check_temporary
+
     folder = _model_folder(subject.model) if subject.model else None
     yield _checkpoint_room(subject, Path(subject.config.run.dir), _checkpoint_size(subject, folder))
+    for problem in check_temporary():
+        yield fail(problem.text, "TMPDIR=/a/short/path/elsewhere")
     temporary = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     usage = shutil.disk_usage(_existing(temporary))
     found = f"Ray's files ({temporary}): {readable(usage.free)} free"

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from cppo_verl.doctor.findings import GIB, Finding, Subject, fail, ok, readable, skip, warn
+from cppo_verl.run.machine import LEAST_SHARED_MEMORY, SHARED_MEMORY, memory
 
 REQUIREMENTS = Path(__file__).parents[2] / "scripts" / "requirements"
 
@@ -181,21 +182,8 @@ def _smi(*arguments: str) -> str:
     ).stdout.strip()
 
 
-def _memory(group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """(total, available) bytes of the machine, or of the container where that has less."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
-    if not limit.isdigit() or int(limit) >= memory.total:
-        return memory.total, memory.available
-    used = int((group / "memory.current").read_text())
-    cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-    return int(limit), min(memory.available, int(limit) - used + (int(cache[1]) if cache else 0))
-
-
 def check_memory(_: Subject) -> Iterator[Finding]:
-    total, free = _memory()
+    total, free = memory()
     found = f"{readable(free)} of {readable(total)} free, {len(os.sched_getaffinity(0))} cores"
     if free < _LEAST_MEMORY:
         yield warn(f"{found}; the quickstart peaks at 8 GiB", "end other processes, or use a machine with more memory")
@@ -203,16 +191,16 @@ def check_memory(_: Subject) -> Iterator[Finding]:
         yield ok(found)
 
 
-def check_shared_memory(_: Subject, path: str = "/dev/shm") -> Iterator[Finding]:
+def check_shared_memory(_: Subject, path: str = SHARED_MEMORY) -> Iterator[Finding]:
     """Ray keeps its objects there, in /tmp (slowly) if they do not fit; verl sends weights through it on CPUs."""
-    usage, memory = shutil.disk_usage(path), _memory()[0]
+    usage, total = shutil.disk_usage(path), memory()[0]
     found = f"{readable(usage.free)} of {readable(usage.total)} free at {path}"
-    if usage.total < max(GIB, _RAY_SHARE * memory):
-        size = f"{math.ceil(max(1, _RAY_SHARE * memory / GIB))}g"
-        yield warn(
-            f"{found}; Ray's object store takes 30% of the memory",
-            f"docker run --shm-size={size} (or --ipc=host); elsewhere: mount -o remount,size={size} {path}",
-        )
+    size = f"{math.ceil(max(1, _RAY_SHARE * total / GIB))}g"
+    remedy = f"docker run --shm-size={size} (or --ipc=host); elsewhere: mount -o remount,size={size} {path}"
+    if min(usage.total, usage.free) < LEAST_SHARED_MEMORY:
+        yield fail(f"{found}; vLLM and Ray take {readable(LEAST_SHARED_MEMORY)} or more", remedy)
+    elif usage.total < max(GIB, _RAY_SHARE * total):
+        yield warn(f"{found}; Ray's object store takes 30% of the memory", remedy)
     else:
         yield ok(found)
 

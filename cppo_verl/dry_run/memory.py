@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 from cppo_verl.dry_run.model import Model
 
 GIB = 2**30
+# cppo_verl.adapters.actor.log_prob.CHUNK, which torch is needed to read.
+LOG_PROB_CHUNK = 2**23
 _BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "bf16": 2, "bfloat16": 2}
 
 
@@ -166,7 +168,7 @@ def _fsdp(config: DictConfig, model: Model, layout: Layout) -> tuple[Parts, Part
     compute = _BYTES[precision.get("param_dtype", "bf16")]
     reduce = _BYTES[precision.get("reduce_dtype", "fp32")]
 
-    flash = settings.get("override_config", {}).get("attn_implementation", "flash_attention_2").startswith("flash")
+    flash = _flash(settings)
     mask = 0 if flash else compute * (tokens if settings.use_remove_padding else layout.longest)
     of_layer = tokens * (_layer_activations(model, compute, repeated=not flash) + mask)
     ends = tokens * ((4 + 2 * compute) * model.hidden + 2 * compute * model.head_dim)  # last norm, rotary tables
@@ -174,15 +176,15 @@ def _fsdp(config: DictConfig, model: Model, layout: Layout) -> tuple[Parts, Part
     saved = model.layers * of_layer + ends
     if settings.enable_gradient_checkpointing:
         saved, backward = model.layers * tokens * compute * model.hidden + ends, backward + of_layer
-    logits = tokens * model.vocabulary * _logit_bytes(config, compute)
-    # Where the logits become their own gradient, they are still there when the head is gathered and its gradient made.
-    head = 2 * model.head if config.trainer.device != "cpu" else 0
+    logits, gradient = _logit_bytes(config, compute, tokens * model.vocabulary)
     prefetched = 1 if shards > 1 else 0
     tied = 2 * model.head if model.tied else 0
     # The layer in work and the next one, its gradients, and those of the layer before on their way.
     ahead = (2 + prefetched) * model.layer + tied
     moments = (
-        Parts(gathered=compute * (head + prefetched * model.layer), activations=saved, logits=logits),
+        Parts(gathered=compute * prefetched * model.layer, activations=saved, logits=logits),
+        # The logits have become their own gradient when the head is gathered and its gradient made.
+        Parts(gathered=compute * (2 * model.head + prefetched * model.layer), activations=saved, logits=gradient),
         Parts(gathered=compute * ahead + prefetched * reduce * model.layer, activations=saved + backward),
         Parts(gathered=compute * 2 * model.head + max(compute * tied, reduce * model.head)),
     )
@@ -210,19 +212,26 @@ def _layer_activations(model: Model, compute: int, repeated: bool) -> float:
     return norms + query + key + value + scales + mlp
 
 
-def _logit_bytes(config: DictConfig, compute: int) -> int:
-    """Bytes a token and vocabulary entry at the peak of verl's log-probabilities (workers/engine/fsdp)."""
+def _logit_bytes(config: DictConfig, compute: int, elements: int) -> tuple[float, float]:
+    """(bytes of the logits at the peak of the log-probabilities, those of their gradient afterwards)."""
     actor, settings = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
-    entropy = actor.calculate_entropy or bool(actor.entropy_coeff)
     if settings.use_fused_kernels:
-        return 0
-    # A copy without the padding, and one divided by the temperature.
-    size = compute * (int(not settings.use_remove_padding) + int(config.actor_rollout_ref.rollout.temperature != 1))
-    if config.trainer.device != "cpu":  # flash-attn's cross-entropy, in place unless the entropy needs them too
-        return size + compute + (compute + 8 if entropy else 0)
-    if compute == 4:  # logsumexp row by row: logits, their gradients by row, stacked, and of the sampled tokens
-        return size + 4 * compute
-    return size + 2 * compute + (compute if entropy else 0)
+        return 0, 0
+    entropy = actor.calculate_entropy or bool(actor.entropy_coeff)
+    # flash-attn's cross-entropy; ours widens a chunk at a time, and the entropy needs two of them.
+    kernel = config.trainer.device != "cpu" and _flash(settings) and not entropy
+    kernel = kernel and config.actor_rollout_ref.rollout.temperature == 1
+    wide = 0 if kernel else 4 * min(elements, LOG_PROB_CHUNK) * (2 if entropy else 1)
+    size = compute * elements
+    if settings.use_remove_padding:
+        return size + wide, size
+    # Copied without the padding; then the copy, its rows and the padded gradient.
+    return max(2 * size + wide, 3 * size), size
+
+
+def _flash(settings: DictConfig) -> bool:
+    """Whether flash-attn is asked for, and so installed."""
+    return bool(settings.get("override_config", {}).get("attn_implementation", "flash_attention_2").startswith("flash"))
 
 
 def _megatron(config: DictConfig, model: Model, layout: Layout) -> tuple[Parts, Parts, Parts]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cppo_verl.checkpoint.export import hugging_face_folder
 from cppo_verl.checkpoint.find import Checkpoint, checkpoints_of, find
+from cppo_verl.checkpoint.trust import OWN_REWARD, check_trust
 from cppo_verl.evaluation import comparison
 from cppo_verl.evaluation.display import SamplingDisplay
 from cppo_verl.evaluation.report import notes, rich_table, terminal_tables, write_report
@@ -23,6 +24,8 @@ from cppo_verl.evaluation.request import (
     write_manifest,
 )
 from cppo_verl.evaluation.samples import SAMPLES, Evaluation, EvaluationError, read_questions
+from cppo_verl.run.files import read_json, write_atomically
+from cppo_verl.run.folder import foreign
 from cppo_verl.run.log import EVENTS
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import INTERRUPTED, RUN_FOLDER, locked, process_environment, supervise
@@ -69,14 +72,14 @@ def _evaluate_all(text: str, options: Options, command: list[str]) -> int:
     if status:
         return status
     window = {"rows": rows, "best": best, "best_resampled": _row(again, fresh), "last": rows[-1]}
-    (run / "eval" / "all.json").write_text(json.dumps(window, indent=2) + "\n")
+    write_atomically(run / "eval" / "all.json", json.dumps(window, indent=2) + "\n")
     _show_window(window)
     return 0
 
 
 def _row(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     folder = folder_of(checkpoint, options)
-    report = json.loads((folder / "report.json").read_text())
+    report = read_json(folder / "report.json", f"cppo report {folder} writes it again", "mean", "benchmarks")
     score = report["mean"] or next(iter(report["benchmarks"].values()))
     label = report["mean"]["label"] if report["mean"] else next(iter(report["benchmarks"]))
     keys = ("avg", "decoding_error", "interval")
@@ -100,6 +103,7 @@ def _plus_minus(row: dict[str, Any]) -> str:
 
 def _evaluate(checkpoint: Checkpoint, options: Options, command: list[str]) -> int:
     config = run_config(checkpoint)
+    check_trust(checkpoint, config, options.trust)
     questions = read_questions(data_files(options, config), options.limit)
     folder = folder_of(checkpoint, options)
     with locked(folder) as free:
@@ -140,18 +144,30 @@ def _sample(evaluation: Evaluation, attempt: dict[str, Any]) -> int:
     return status
 
 
-def report(evaluation: Path, regrade: bool) -> int:
+def report(evaluation: Path, regrade: bool, trust: bool) -> int:
     """``cppo report EVALUATION``: recompute, write and print every number from the kept samples."""
     if regrade:
+        known = Evaluation.read(evaluation)
+        _check_reward(known, trust)
         from cppo_verl.evaluation.generation import reward_function
 
-        known = Evaluation.read(evaluation)
         with locked(evaluation) as free:  # a running evaluation appends to the file that this replaces
             if not free:
                 return 2
             changed = known.regrade(reward_function(known.manifest["settings"]["reward"]))
         _console.print(f"graded {len(known.samples)} samples again; {changed} outcomes changed")
     return _report(evaluation)
+
+
+def _check_reward(evaluation: Evaluation, trusted: bool) -> None:
+    """Raise EvaluationError where grading again would run a function that somebody else's manifest names."""
+    path = evaluation.manifest["settings"]["reward"]["path"]
+    reason = foreign(evaluation.folder, evaluation.manifest.get("folder"))
+    if reason and path != OWN_REWARD and not trusted:
+        raise EvaluationError(
+            f"--regrade: {evaluation.folder} {reason}, and grading runs the code that its manifest names ({path}); "
+            "give --trust if you trust who made it"
+        )
 
 
 def _report(folder: Path) -> int:
@@ -177,5 +193,5 @@ def compare(a: Path, b: Path, out: Path | None) -> int:
             f"note: {name} differs (A {of_a}, B {of_b}); the scores may differ because of it", soft_wrap=True
         )
     if out:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        write_atomically(out, json.dumps(result, indent=2) + "\n")
     return 0

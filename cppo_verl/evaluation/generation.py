@@ -29,9 +29,9 @@ from cppo_verl.evaluation.samples import (
     Question,
     Sample,
     grade_sample,
-    write_lines,
 )
 from cppo_verl.run import lifeline
+from cppo_verl.run.files import write_lines
 from cppo_verl.run.log import RunLog
 
 _GRADING_THREADS = 8
@@ -98,8 +98,9 @@ class SampleWriter:
         self._threads.submit(self._grade, sample, question)
 
     def close(self) -> None:
-        """Wait for the last verdict."""
+        """Wait for the last verdict; all of them are on disk then."""
         self._threads.shutdown(wait=True)
+        os.fsync(self._file.fileno())
         self._file.close()
 
     def _grade(self, sample: Sample, question: Question) -> None:

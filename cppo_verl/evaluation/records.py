@@ -1,12 +1,13 @@
-"""The files of an evaluation as they are read: damaged ones are named, with the line and what is wrong in it."""
+"""The files of an evaluation as they are read: what has another shape than it should is named, with its line."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from cppo_verl.problems import ConfigError
-from cppo_verl.run.log import json_object, read_lines
+from cppo_verl.run.files import DamagedFile, numbered_lines, read_json
+
+Record = TypeVar("Record")
 
 # What a report reads of a manifest: names, and the type of each or what is in it.
 _SHAPE: dict[str, Any] = {
@@ -22,15 +23,15 @@ _SHAPE: dict[str, Any] = {
 _ATTEMPT = {"packages": dict, "hardware": {"gpus": list}}
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ConfigError where it is damaged, or lacks what a report reads."""
-    manifest = json_object(path.read_bytes(), str(path))
+def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
+    """Raises DamagedFile where it lacks what a report reads."""
+    manifest = read_json(path, remedy, "settings", "attempts")
     lacking = [*_lacking(manifest, _SHAPE)]
     if not lacking:
         for attempt in manifest["attempts"]:
             lacking += _lacking(attempt, _ATTEMPT, "attempts.") if isinstance(attempt, dict) else ["attempts"]
     if lacking:
-        raise ConfigError(f"{path}: damaged, it has no usable {lacking[0]}")
+        raise DamagedFile(path, 1, f"has no usable {lacking[0]}", remedy)
     return manifest
 
 
@@ -44,19 +45,18 @@ def _lacking(content: dict[str, Any], shape: dict[str, Any], prefix: str = "") -
             yield prefix + name
 
 
-def read_records(path: Path, kind: Callable[..., Any]) -> list[Any]:
-    """The lines as instances of a dataclass. Raises ConfigError for other fields, or values of another type."""
+def read_records(path: Path, kind: type[Record], remedy: str) -> list[Record]:
+    """The lines as instances of a dataclass. Raises DamagedFile for other fields, or values of another type."""
     types = {name: _runtime_types(hint) for name, hint in get_type_hints(kind).items()}
-    found = []
-    for number, line in enumerate(read_lines(path), 1):
+    found, what = [], f"is no {kind.__name__.lower()} of an evaluation"
+    for number, line in numbered_lines(path):
         try:
             found.append(kind(**line))
-        except TypeError as error:
-            reason = str(error).partition("__init__() ")[2] or str(error)
-            raise ConfigError(f"{path}, line {number}: damaged, {reason}") from None
+        except TypeError:
+            raise DamagedFile(path, number, what, remedy) from None
         for name, value in line.items():
             if not isinstance(value, types[name]):
-                raise ConfigError(f"{path}, line {number}: damaged, {name} has another type")
+                raise DamagedFile(path, number, f"{what} ({name} has another type)", remedy)
     return found
 
 

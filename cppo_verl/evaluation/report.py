@@ -13,6 +13,7 @@ from cppo_verl.evaluation.samples import Evaluation, Sample
 from cppo_verl.grading import OUTCOMES
 from cppo_verl.grading.exact import number
 from cppo_verl.grading.normalize import clean
+from cppo_verl.run.files import write_atomically
 
 
 def summarize(evaluation: Evaluation) -> dict[str, Any]:
@@ -211,6 +212,7 @@ def _markdown_table(headings: tuple[str, ...], rows: Iterator[tuple[str, ...]]) 
 def write_report(evaluation: Evaluation) -> dict[str, Any]:
     """``report.json`` and ``report.md`` in the evaluation's folder; returns the numbers."""
     report = summarize(evaluation)
-    (evaluation.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (evaluation.folder / "report.md").write_text(markdown(report), encoding="utf-8", errors="backslashreplace")
+    write_atomically(evaluation.folder / "report.json", json.dumps(report, indent=2) + "\n")
+    page = markdown(report).encode(errors="backslashreplace").decode()
+    write_atomically(evaluation.folder / "report.md", page)
     return report

@@ -13,9 +13,9 @@ from cppo_verl.checkpoint.export import fingerprint
 from cppo_verl.checkpoint.find import Checkpoint
 from cppo_verl.config.compose import compose
 from cppo_verl.data.sources import AIME
-from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, write_lines
-from cppo_verl.run.folder import CONFIG, MANIFEST, read_config
-from cppo_verl.run.log import json_object, write_atomically
+from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, content_hashes
+from cppo_verl.run.files import DamagedFile, read_json, write_atomically, write_lines
+from cppo_verl.run.folder import CONFIG, COPY_BACK, MANIFEST, read_config
 from cppo_verl.run.machine import has_gpu
 
 # What is read of a run's configuration.
@@ -48,6 +48,8 @@ class Options:
     """Folder of the evaluation. Default: RUN/eval/step_N-seedS, else evals/NAME-seedS."""
     revision: str | None = None
     """Commit, tag or branch of a hub id."""
+    trust: bool = False
+    """Run code that comes with a checkpoint of somebody else's."""
 
 
 def run_config(checkpoint: Checkpoint) -> DictConfig:
@@ -57,7 +59,7 @@ def run_config(checkpoint: Checkpoint) -> DictConfig:
     config = read_config(checkpoint.run)
     for name in _READ:
         if not isinstance(OmegaConf.select(config, name), DictConfig):
-            raise EvaluationError(f"{checkpoint.run / CONFIG} is damaged: it has no {name}")
+            raise DamagedFile(checkpoint.run / CONFIG, 1, f"lacks {name}", COPY_BACK)
     return config
 
 
@@ -106,7 +108,7 @@ def sampling_settings(
         raise EvaluationError("--temperature 0 gives the same response n times; use -n 1")
     return {
         "model": {"source": checkpoint.source, "name": checkpoint.name, "sha256": fingerprint(model)},
-        "questions": _content_hashes(questions),
+        "questions": content_hashes(questions),
         "decoding": decoding,
         "chat": {"arguments": arguments, "template_sha256": _template_hash(model, config)},
         "reward": {
@@ -116,15 +118,6 @@ def sampling_settings(
             "sha256": _file_hash(function.path),
         },
     }
-
-
-def _content_hashes(questions: list[Question]) -> dict[str, str]:
-    """benchmark -> SHA-256 of its questions."""
-    digests: dict[str, Any] = {}
-    for question in questions:
-        line = json.dumps(asdict(question), sort_keys=True) + "\n"
-        digests.setdefault(question.benchmark, hashlib.sha256()).update(line.encode())
-    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _file_hash(path: str) -> str | None:
@@ -171,7 +164,7 @@ def engine_arguments(model: Path, parallel: int, config: DictConfig) -> dict[str
 
 
 def check_length(model: Path, max_tokens: int) -> None:
-    config = json_object((model / "config.json").read_bytes(), str(model / "config.json"))
+    config = read_json(model / "config.json", "copy the model again")
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and not config.get("rope_scaling") and max_tokens >= limit:
         raise EvaluationError(
@@ -196,7 +189,7 @@ def open_evaluation(folder: Path, settings: dict[str, Any], questions: list[Ques
         return known
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / QUESTIONS, map(asdict, questions))
-    write_manifest(folder, {"settings": settings, "attempts": []})
+    write_manifest(folder, {"folder": str(folder), "settings": settings, "attempts": []})
     return Evaluation.read(folder)
 
 

@@ -4,9 +4,10 @@ Everything a report says is computed from these three files.
 """
 
 import functools
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from cppo_verl.checkpoint.trust import OWN_REWARD
 from cppo_verl.evaluation.records import read_manifest, read_records
 from cppo_verl.grading import OUTCOMES, compute_score
 from cppo_verl.grading.reward import grade_row
 from cppo_verl.problems import ConfigError
+from cppo_verl.run.files import DamagedFile, write_lines
 from cppo_verl.run.folder import MANIFEST
 
 _log = logging.getLogger(__name__)
 
 QUESTIONS, SAMPLES = "questions.jsonl", "samples.jsonl"
-OWN_REWARD = "pkg://cppo_verl.grading"
 
 
 class EvaluationError(ConfigError):
@@ -102,6 +104,15 @@ def read_questions(files: Sequence[Path], limit: int | None = None) -> list[Ques
     return list(questions.values())
 
 
+def content_hashes(questions: Sequence[Question]) -> dict[str, str]:
+    """benchmark -> SHA-256 of its questions."""
+    digests: dict[str, Any] = {}
+    for question in questions:
+        line = json.dumps(asdict(question), sort_keys=True) + "\n"
+        digests.setdefault(question.benchmark, hashlib.sha256()).update(line.encode())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
 def grade_sample(sample: Sample, question: Question, reward: Callable[..., Any] = compute_score) -> Sample:
     """The sample with outcome and answer, from the project's grader or a reward function of one's own.
 
@@ -141,20 +152,27 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path) -> "Evaluation":
-        """Raises ConfigError where ``folder`` is not an evaluation, or one of its files is damaged."""
+        """Raises EvaluationError where ``folder`` is not an evaluation, DamagedFile where a file of it is damaged."""
         if not (folder / MANIFEST).is_file() or not (folder / QUESTIONS).is_file():
             raise EvaluationError(f"{folder} is not an evaluation: it has no {MANIFEST} and {QUESTIONS} (cppo eval)")
-        manifest = read_manifest(folder / MANIFEST)
-        questions = read_records(folder / QUESTIONS, Question)
+        again = f"put a copy back, or move {folder} away and evaluate again"
+        manifest = read_manifest(folder / MANIFEST, again)
+        questions = read_records(folder / QUESTIONS, Question, again)
         if not questions:
-            raise EvaluationError(f"{folder / QUESTIONS}: damaged, it has no question")
-        samples = read_records(folder / SAMPLES, Sample) if (folder / SAMPLES).exists() else []
+            raise DamagedFile(folder / QUESTIONS, 1, "is empty", again)
+        if content_hashes(questions) != manifest["settings"]["questions"]:
+            raise DamagedFile(
+                folder / QUESTIONS,
+                len(questions),
+                f"is cut off: these are not all questions that {MANIFEST} names",
+                again,
+            )
+        path, remedy = folder / SAMPLES, "delete that line, then continue with cppo eval"  # it is made again
+        samples = read_records(path, Sample, remedy) if path.exists() else []
         asked = {(question.benchmark, question.id) for question in questions}
         for number, sample in enumerate(samples, 1):
             if (sample.benchmark, sample.question) not in asked or sample.outcome not in OUTCOMES:
-                raise EvaluationError(
-                    f"{folder / SAMPLES}, line {number}: damaged, a question or outcome that there is not"
-                )
+                raise DamagedFile(path, number, "names a question or outcome that there is not", remedy)
         by_key = {(sample.benchmark, sample.question, sample.sample): sample for sample in samples}
         return cls(folder, manifest, questions, by_key)
 
@@ -209,11 +227,3 @@ class Evaluation:
         changed = sum(old.outcome != new.outcome for old, new in zip(samples, graded, strict=True))
         self.samples.update({(new.benchmark, new.question, new.sample): new for new in graded})
         return changed
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A JSON-lines file, complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    temporary.replace(path)

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
 from cppo_verl.quickstart.task import TaskSpec, make_splits, write_parquet
 from cppo_verl.quickstart.warmup import WarmupSpec, measure, run_warmup
+from cppo_verl.run.files import DamagedFile, read_json, write_atomically
 
 MANIFEST = "manifest.json"
 FLAG_HELP = {
@@ -103,7 +104,7 @@ def build(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "heldout_sampled": asdict(sampled),
         "seconds": round(time.monotonic() - started, 1),
     }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -122,18 +123,35 @@ def build_atomically(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def built_with(out: Path) -> dict[str, Any] | None:
+    """The settings of the build in ``out``; None where there is none, whatever else has a manifest there."""
+    try:
+        manifest = read_json(out / MANIFEST, "", "settings", "heldout_sampled")
+    except (OSError, DamagedFile):
+        return None
+    return dict(manifest["settings"])
+
+
+def others_in(out: Path) -> list[str]:
+    """What lies in a build's folder beside the build, which replacing it would delete."""
+    return sorted({path.name for path in out.iterdir()} - {MANIFEST, "model", "train.parquet", "heldout.parquet"})
+
+
 def main() -> None:
     """Build unless the same build is there already; refuse to replace a directory that is not a build."""
     parser = build_parser()
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
     settings = settings_from(arguments)
-    existing = out / MANIFEST
-    if existing.is_file() and json.loads(existing.read_text()).get("settings") == settings:
+    built = built_with(out)
+    if built == settings:
         print(f"{out} already holds this build; nothing to do")
         return
-    if out.exists() and not existing.is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and built is None and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"{out} exists and is not a quickstart build; move it or choose another --out")
+    if built is not None and (out.is_symlink() or others_in(out)):
+        beside = ", ".join(others_in(out))
+        parser.error(f"{out} holds more than another build ({beside or 'a link'}); move it or choose another --out")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half built is removed
     print(f"warming up a tiny Qwen3 on sums: {settings['warmup']['steps']} steps of supervised training", flush=True)
     manifest = build_atomically(out, settings)

@@ -3,16 +3,14 @@
 Shared by the training process, which appends, and the command line, which follows them. Standard library only.
 """
 
-import json
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cppo_verl.problems import ConfigError
+from cppo_verl.run.files import DamagedFile, append_line, numbered_lines, read_lines, write_lines
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
@@ -48,45 +46,23 @@ class RunLog:
         path = self.folder / METRICS
         if not path.exists():
             return
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_lines(path, [line for line in read_lines(path) if line["step"] <= step])
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+        append_line(self.folder / name, record)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that was cut off by a crash is ignored.
+def read_metrics(folder: str | Path, say: Callable[[str], None] | None = None) -> dict[int, dict[str, Any]]:
+    """All metrics of a run folder by step, ascending; ``say`` is told of a last line that was cut off.
 
     Raises:
-        ConfigError: another line is not one JSON object in UTF-8.
+        DamagedFile: another line is no metrics of a step.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                yield json_object(line, f"{path}, line {number}")
-
-
-def json_object(content: bytes, where: str) -> dict[str, Any]:
-    """One JSON object in UTF-8. Raises ConfigError beginning with ``where`` it stands."""
-    try:
-        record = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: damaged, it cannot be read: {error}") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where}: damaged, it is not a JSON object")
-    return record
-
-
-def read_metrics(folder: str | Path) -> dict[int, dict[str, Any]]:
-    """All metrics of a run folder by step, ascending."""
     steps: dict[int, dict[str, Any]] = {}
     path = Path(folder) / METRICS
-    for number, line in enumerate(read_lines(path) if path.exists() else (), 1):
+    for number, line in numbered_lines(path, say) if path.exists() else ():
         if not isinstance(line.get("step"), int):
-            raise ConfigError(f"{path}, line {number}: damaged, it names no step")
+            raise DamagedFile(path, number, "names no step", "mend or delete that line")
         steps.setdefault(line["step"], {}).update(line)
     return dict(sorted(steps.items()))
 
@@ -107,13 +83,6 @@ def validation_score(line: Mapping[str, Any]) -> float | None:
     if not found:
         return None
     return found.get("aime_mean", sum(found.values()) / len(found))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: whoever is killed, readers find the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def plain_metrics(values: Mapping[str, Any]) -> dict[str, Any]:

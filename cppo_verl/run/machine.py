@@ -1,9 +1,13 @@
 """Facts of this machine: what computes here."""
 
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+# Where processes of one machine share arrays; Docker's default of 64 MiB holds none of vLLM's or Ray's.
+SHARED_MEMORY, LEAST_SHARED_MEMORY = "/dev/shm", 256 * 2**20
 
 
 def has_gpu() -> bool:
@@ -33,3 +37,16 @@ def output_of(*command: str, folder: Path | None = None) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def memory(group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """(total, available) bytes of the machine, or of the container where that has less."""
+    import psutil
+
+    whole = psutil.virtual_memory()
+    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
+    if not limit.isdigit() or int(limit) >= whole.total:
+        return whole.total, whole.available
+    used = int((group / "memory.current").read_text())
+    cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+    return int(limit), min(whole.available, int(limit) - used + (int(cache[1]) if cache else 0))

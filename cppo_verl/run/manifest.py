@@ -10,15 +10,16 @@ from typing import Any
 
 import psutil
 
+from cppo_verl.run.confidential import redacted
 from cppo_verl.run.machine import cpu_name, gpus, output_of
 
 _PACKAGES = ("cppo_verl", "verl", "vllm", "ray", "torch", "transformers", "TransferQueue", "tensordict", "math-verify")
 
 
 def manifest(command: list[str]) -> dict[str, Any]:
-    """A JSON-serialisable record of this machine, these packages, this checkout and ``command``."""
+    """A JSON-serialisable record of this machine, these packages, this checkout and ``command``, without secrets."""
     return {
-        "command": shlex.join(command),
+        "command": shlex.join(redacted(command, os.environ)),
         "working_directory": os.getcwd(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _commit(),

@@ -1,7 +1,6 @@
 """Starts a process of ours, follows what it writes, and leaves nothing of it running, however it ends."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,10 @@ from typing import IO, Any, Protocol
 import psutil
 
 from cppo_verl.run import lifeline
-from cppo_verl.run.log import EVENTS
+from cppo_verl.run.files import DamagedFile, parse_line
+from cppo_verl.run.log import EVENTS, RunLog
+from cppo_verl.run.progress import PROGRESS
+from cppo_verl.run.stall import Stalled, Watch
 from cppo_verl.run.terminal import warn
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
@@ -25,8 +27,11 @@ RUN_TAG = "CPPO_RUN_TAG"
 # Of the folder that a process writes; carried by all that it starts.
 RUN_FOLDER = "CPPO_RUN_FOLDER"
 
-# Exit status of a run that was interrupted (the shell's for SIGINT).
-INTERRUPTED = 130
+# umask of what a run writes.
+_PRIVATE = 0o077
+
+# Exit status of a run that was interrupted (the shell's for SIGINT), and of one that did not get on (timeout's).
+INTERRUPTED, STALLED = 130, 124
 
 # Defaults for the environment of a run; what the user has set wins.
 _ENVIRONMENT = {
@@ -38,6 +43,14 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
+}
+# Of a run on one machine: whatever it opens is for that machine. The first is Ray's switch that makes 127.0.0.1 the
+# node's address, which verl, TransferQueue and vLLM's HTTP server take over.
+_ONE_MACHINE_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 _CPU_ENVIRONMENT = {
     "VERL_PLATFORM": "cpu",
@@ -70,9 +83,24 @@ class Display(AbstractContextManager[Any], Protocol):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Make ``folder`` and hold it for this process; False, after a message, where that cannot be."""
+    """Make ``folder`` and hold it for this process; False, after a message, where that cannot be.
+
+    A new folder and what is written meanwhile are for the user alone.
+    """
+    with suppress(OSError):  # of which the folder's own mkdir tells
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    previous = os.umask(_PRIVATE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with _held(folder) as free:
+            yield free
+    finally:
+        os.umask(previous)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    try:
+        folder.mkdir(exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         warn(f"cppo: {folder} cannot be written: {error}; choose another folder")
@@ -89,33 +117,60 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def supervise(
-    module: str, folder: Path, log_file: Path, environment: dict[str, str], lines: Path, display: Display
+    module: str,
+    folder: Path,
+    log_file: Path,
+    environment: dict[str, str],
+    lines: Path,
+    display: Display,
+    stall: float | None = None,
 ) -> int:
     """Run ``python -m module folder`` to its end and leave nothing of it running; returns its exit status.
 
     Args:
         lines: a JSON-lines file that the process appends to, shown beside the folder's events.
+        stall: seconds without progress that end it, with the event "failed" and STALLED; None: it may take its time.
     """
     tag = uuid.uuid4().hex
-    process = None
+    process, stalled, watch = None, None, None
+    environment = {**environment, RUN_TAG: tag}
+    environment.pop(PROGRESS, None)
+    if stall is not None:
+        watch = Watch(log_file.with_suffix(".progress"), stall)
+        watch.folder.mkdir(exist_ok=True)
+        environment[PROGRESS] = str(watch.folder)
     with _termination_as_interrupt(), open(log_file, "ab") as log:
         try:
-            process = start(module, [str(folder)], log, {**environment, RUN_TAG: tag})
+            process = start(module, [str(folder)], log, environment)
             with display:
-                status = _follow(process, folder, lines, display)
+                status = _follow(process, folder, lines, display, watch)
         except KeyboardInterrupt:
             display.interrupted()
             if process is not None:
                 process.send_signal(signal.SIGINT)
             status = INTERRUPTED
+        except Stalled as error:
+            stalled, status = error, STALLED
+            if process is not None:
+                process.send_signal(signal.SIGINT)
         finally:
             end_run(process, tag, patience=15)
+    if stalled is not None:
+        failed = {"error": type(stalled).__name__, "message": str(stalled)}
+        display.event({"event": "failed", **failed})
+        with suppress(OSError):  # the terminal has it
+            RunLog(folder).event("failed", **failed)
     return status
 
 
-def process_environment(on_cpu: bool, model: str) -> dict[str, str]:
-    """What every process that loads ``model`` gets; variables that the user has set win."""
-    defaults = {**_ENVIRONMENT, **(_CPU_ENVIRONMENT if on_cpu else {})}
+def process_environment(on_cpu: bool, model: str, address: str | None = None) -> dict[str, str]:
+    """What every process that loads ``model`` gets; variables that the user has set win.
+
+    Args:
+        address: of the Ray cluster that is joined, as ``ray.init`` takes it; None: as RAY_ADDRESS says.
+    """
+    joins = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+    defaults = {**_ENVIRONMENT, **({} if joins else _ONE_MACHINE_ENVIRONMENT), **(_CPU_ENVIRONMENT if on_cpu else {})}
     if Path(model).is_dir():
         # A local model needs no hub; without this, loading it waits for a network that may not be there.
         defaults["HF_HUB_OFFLINE"] = "1"
@@ -123,7 +178,8 @@ def process_environment(on_cpu: bool, model: str) -> dict[str, str]:
 
 
 def start(module: str, arguments: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """``python -m module arguments``, tied to this process; its output goes to ``log``."""
+    """``python -m module arguments``, tied to this process; output goes to ``log``, files are the user's alone."""
+    _keep_ray_token_private()
     command = [sys.executable, "-m", module, *arguments]
     # A session of its own: Ctrl-C reaches the launcher only, which ends the run in order.
     return subprocess.Popen(
@@ -133,22 +189,36 @@ def start(module: str, arguments: list[str], log: IO[bytes], environment: dict[s
         stderr=log,
         env=environment,
         start_new_session=True,
+        umask=_PRIVATE,
         preexec_fn=lifeline.tie,
     )
 
 
-def _follow(process: subprocess.Popen[bytes], folder: Path, lines: Path, display: Display) -> int:
-    """Show events and lines as they are written, until the process ends."""
+def _keep_ray_token_private() -> None:
+    """Ray has made the token that protects its processes readable for everybody, where another umask held."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):
+        token.chmod(0o600)
+
+
+def _follow(process: subprocess.Popen[bytes], folder: Path, lines: Path, display: Display, watch: Watch | None) -> int:
+    """Show events and lines as they are written, until the process ends. Raises Stalled where it does not get on."""
     events, records = _Tail(folder / EVENTS), _Tail(lines)
     while True:
         ended = process.poll() is not None
         for event in events.new():
             display.event(event)
+            if watch:
+                watch.moved()
         for line in records.new():
             display.line(line)
+            if watch:
+                watch.moved()
         display.refresh()
         if ended:
             return process.returncode
+        if watch:
+            watch.check()
         time.sleep(0.2)
 
 
@@ -157,7 +227,8 @@ class _Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        written = path.read_bytes() if path.exists() else b""
+        self.offset, self.number = written.rfind(b"\n") + 1, written.count(b"\n")
         self.identity = path.stat().st_ino if path.exists() else None
 
     def new(self) -> Iterator[dict[str, Any]]:
@@ -172,7 +243,11 @@ class _Tail:
                 if not line.endswith(b"\n"):
                     return
                 self.offset += len(line)
-                yield json.loads(line)
+                self.number += 1
+                try:
+                    yield parse_line(line, self.path, self.number)
+                except DamagedFile as error:  # no reason to end the process that is followed
+                    warn(f"cppo: {error}")
 
 
 @contextmanager
@@ -206,6 +281,7 @@ def end_run(process: subprocess.Popen[bytes] | None, tag: str, patience: float) 
         leftovers = _tagged(tag)
         for leftover in leftovers:
             _quietly(leftover.terminate)
+            _quietly(leftover.resume)  # one that was stopped takes no signal but the last
         _, alive = psutil.wait_procs(leftovers, timeout=5)
         for leftover in {*alive, *_tagged(tag)}:
             _quietly(leftover.kill)

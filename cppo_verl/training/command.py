@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cppo_verl.config.compose import compose
 from cppo_verl.config.validate import validate
+from cppo_verl.dry_run.room import lacking
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.log import METRICS
 from cppo_verl.run.terminal import say, warn
@@ -15,8 +16,11 @@ from cppo_verl.run.terminal import say, warn
 def train(overrides: list[str], dry_run: bool) -> int:
     """Compose, check and run; with ``dry_run`` describe, for whatever machine it is meant. Returns the exit status."""
     config = compose(overrides)
-    for absent in validate(config, planned=dry_run):
-        warn(f"cppo train: not on this machine: {absent.text}")
+    absent = [*validate(config, planned=dry_run), *lacking(config)]
+    if absent and not dry_run:
+        raise ConfigError.of(absent)
+    for problem in absent:
+        warn(f"cppo train: not on this machine: {problem.text}")
     if dry_run:
         _describe(config)
         return 0
@@ -51,6 +55,6 @@ def plot(folder: Path) -> int:
 
     if not (folder / METRICS).exists():
         raise ConfigError(f"{folder} is not a run folder (no {METRICS})")
-    for path in plot_run(folder):
+    for path in plot_run(folder, say=lambda text: warn(f"cppo plot: {text}")):
         say(path)
     return 0

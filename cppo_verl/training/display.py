@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from cppo_verl.run.failure import Failure
 from cppo_verl.run.log import accuracies
 from cppo_verl.run.terminal import console
+from cppo_verl.training.reward_signal import causes, without_signal
 from cppo_verl.training.summary import RunSummary
 
 # Phases in which nothing is counted, with what is being waited for.
@@ -33,7 +34,7 @@ class RunDisplay:
         self.started = time.time()
         self.first_step: int | None = None
         self.total_steps: int | None = None
-        self.last_printed = 0
+        self.signal_missed = False
         self.step_seconds: list[float] = []
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
         self.progress = Progress(
@@ -79,6 +80,10 @@ class RunDisplay:
         self.step_seconds.append(seconds or 0.0)
         self.progress.update(self.task, completed=step)
         self.console.print(self._step_line(step, line, validation), soft_wrap=True)
+        if not self.signal_missed and without_signal(line):
+            self.signal_missed = True  # once; the summary counts
+            said = f"nothing to learn from: no group has right and wrong responses. {causes(line)}"
+            self.console.print(said, soft_wrap=True)
 
     def _step_line(self, step: int, line: Mapping[str, Any], validation: str | None) -> str:
         total = self.total_steps or step

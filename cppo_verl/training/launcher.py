@@ -4,14 +4,14 @@ import json
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cppo_verl.checkpoint.owner import claim
 from cppo_verl.config.compose import run_folder
-from cppo_verl.problems import ConfigError
-from cppo_verl.run.folder import CONFIG, MANIFEST
-from cppo_verl.run.log import EVENTS, METRICS, json_object, write_atomically
+from cppo_verl.run.files import write_atomically
+from cppo_verl.run.folder import CONFIG, MANIFEST, read_attempts
+from cppo_verl.run.log import EVENTS, METRICS, read_metrics
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import (
     INTERRUPTED,
@@ -41,13 +41,16 @@ def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -
         return 2
     for stale in stale_processes():
         warn(_left_behind(*stale))
+    read_metrics(folder, say=lambda text: warn(f"cppo: {text}"))
     try:
         log_file = prepare_folder(config, folder, command)
     except OSError as error:
         warn(f"cppo: the run folder {folder} cannot be written: {error}; make room, or change run.dir")
         return 2
     display = RunDisplay(folder, log_file)
-    status = supervise(module, folder, log_file, environment(config), folder / METRICS, display)
+    minutes = config.run.stall_minutes
+    stall = None if minutes is None else 60 * minutes
+    status = supervise(module, folder, log_file, environment(config), folder / METRICS, display, stall)
     if status == 0:
         display.summary()
     elif status != INTERRUPTED:
@@ -77,26 +80,18 @@ def _end_of_earlier_attempt(folder: Path, limit: float = 60) -> bool:
 def prepare_folder(config: DictConfig, folder: Path, command: list[str]) -> Path:
     """Make or reopen the run folder: resolved config, manifest of this attempt. Returns the attempt's log file."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    attempt = 1 + len(list((folder / "logs").glob("train-*.log")))
+    earlier = (path.stem.removeprefix("train-") for path in (folder / "logs").glob("train-*.log"))
+    attempt = 1 + max((int(number) for number in earlier if number.isdecimal()), default=0)
     text = OmegaConf.to_yaml(config, resolve=True)
     for path in (folder / CONFIG, folder / "logs" / f"config-{attempt}.yaml"):
         write_atomically(path, text)
-    attempts = _attempts(folder)
+    attempts = read_attempts(folder)
     tracking_id = attempts[0]["tracking_id"] if attempts else uuid.uuid4().hex[:12]
     record = {"attempt": attempt, "tracking_id": tracking_id, **manifest(command)}
     write_atomically(folder / MANIFEST, json.dumps({"attempts": [*attempts, record]}, indent=2) + "\n")
+    claim(Path(config.trainer.default_local_dir), folder)
     (folder / EVENTS).unlink(missing_ok=True)
     return folder / "logs" / f"train-{attempt}.log"
-
-
-def _attempts(folder: Path) -> list[dict[str, Any]]:
-    path = folder / MANIFEST
-    if not path.exists():
-        return []
-    attempts = json_object(path.read_bytes(), str(path)).get("attempts")
-    if not isinstance(attempts, list) or not all(isinstance(one, dict) and "tracking_id" in one for one in attempts):
-        raise ConfigError(f"{path}: damaged, it names no attempts; move it away to go on without them")
-    return attempts
 
 
 def environment(config: DictConfig, tag: str | None = None) -> dict[str, str]:
@@ -106,7 +101,8 @@ def environment(config: DictConfig, tag: str | None = None) -> dict[str, str]:
     """
     folder = run_folder(config)
     tracking = {"TENSORBOARD_DIR": str(folder / "tensorboard"), "WANDB_DIR": str(folder), "WANDB_RESUME": "allow"}
-    if attempts := _attempts(folder):
+    if attempts := read_attempts(folder):
         tracking["WANDB_RUN_ID"] = attempts[0]["tracking_id"]
-    variables = process_environment(config.trainer.device == "cpu", str(config.actor_rollout_ref.model.path))
+    model, address = str(config.actor_rollout_ref.model.path), config.ray_kwargs.ray_init.get("address")
+    variables = process_environment(config.trainer.device == "cpu", model, address)
     return {**tracking, **variables, RUN_FOLDER: str(folder), **({RUN_TAG: tag} if tag else {})}

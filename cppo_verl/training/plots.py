@@ -1,5 +1,6 @@
 """Plots of a run folder (PNG): training curves, and the mask on one response where a step was dumped."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ from cppo_verl.run.log import accuracies, read_metrics
 from cppo_verl.run.terminal import plain
 
 
-def plot_run(folder: Path) -> list[Path]:
-    """Write ``plots/training.png`` and, where steps were dumped, ``plots/mask.png``. Returns the files written."""
+def plot_run(folder: Path, say: Callable[[str], None] | None = None) -> list[Path]:
+    """Write ``plots/training.png`` and, where steps were dumped, ``plots/mask.png``. Returns the files written.
+
+    Args:
+        say: is told of a last line of metrics that was cut off.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    target = folder / "plots"
+    metrics, target = read_metrics(folder, say), folder / "plots"
     target.mkdir(exist_ok=True)
-    written = [_plot_training(read_metrics(folder), target / "training.png")]
+    written = [_plot_training(metrics, target / "training.png")]
     dumps = sorted(folder.glob("dumps/step_*/minibatch*.pt"), key=lambda path: path.stat().st_mtime)
     if dumps:
         written += _plot_mask(dumps, folder, target / "mask.png")

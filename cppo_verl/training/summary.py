@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cppo_verl.run.files import DamagedFile, numbered_lines, write_atomically
 from cppo_verl.run.folder import CONFIG
-from cppo_verl.run.log import METRICS, read_lines, read_metrics
+from cppo_verl.run.log import METRICS, read_metrics
+from cppo_verl.training.reward_signal import verdict
 
 # Outcomes in which the grader gave no verdict.
 _UNJUDGED = ("timeout", "error")
@@ -75,6 +77,8 @@ class RunSummary:
         if any(unjudged.values()):
             counts = ", ".join(f"{count} {name}" for name, count in unjudged.items() if count)
             rows.append(("failed grading", f"{counts} (scored 0; see docs/grading.md)"))
+        if silent := verdict(self.trained()):
+            rows.append(("no signal", silent))
         masked = self.masked()
         if masked:
             rows.append(
@@ -94,7 +98,7 @@ class RunSummary:
 
         plot_run(self.folder)
         content = {"masked": self.masked(), "validation": [vars(change) for change in self.changes]}
-        (self.folder / "summary.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_atomically(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
 
 
 def validation_changes(folder: Path) -> list[ValidationChange]:
@@ -102,7 +106,7 @@ def validation_changes(folder: Path) -> list[ValidationChange]:
     # Not at a start, where nobody is to wait half a second for scipy.
     from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
 
-    files = {int(path.stem): path for path in folder.glob("*.jsonl")} if folder.is_dir() else {}
+    files = {int(path.stem): path for path in folder.glob("*.jsonl") if path.stem.isdecimal()}
     if len(files) < 2:
         return []
     first, last = min(files), max(files)
@@ -132,7 +136,9 @@ def validation_changes(folder: Path) -> list[ValidationChange]:
 def _correct(path: Path) -> dict[str, dict[tuple[str, str], list[bool]]]:
     """data source -> problem (prompt text, gold) -> one verdict per sample; samples without a verdict are left out."""
     result: dict[str, dict[tuple[str, str], list[bool]]] = {}
-    for sample in read_lines(path):
+    for number, sample in numbered_lines(path):
+        if "input" not in sample or not isinstance(sample.get("acc", 0), int | float | None):
+            raise DamagedFile(path, number, "is no sample of a validation", "mend or delete that line")
         if sample.get("acc") is not None:
             source = result.setdefault(str(sample.get("data_source", "validation")), {})
             source.setdefault((sample["input"], str(sample.get("gts"))), []).append(sample["acc"] > 0.5)

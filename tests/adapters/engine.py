@@ -87,13 +87,13 @@ def build_worker(config):
     return worker
 
 
-def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False, all_rows=False):
+def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False, all_rows=False, temperature=1.0):
     from verl.utils import tensordict_utils as tu
 
     batch = batch.clone()
     tu.assign_non_tensor(
         batch,
-        temperature=1.0,
+        temperature=temperature,
         calculate_entropy=True,
         global_batch_size=RESPONSES,
         mini_batch_size=RESPONSES,
@@ -116,6 +116,8 @@ def updates(folder, rank, world):
     share = slice(rank, None, world)
     batch = batch_of(rows[share], torch.arange(RESPONSES)[share])
     sizes = {1: "", 4: "", len(batch): f"{folder}/dump"}
+    for temperature in OmegaConf.to_object(config.get("temperatures", OmegaConf.create([]))):
+        exactness(worker, batch, temperature, folder / f"exactness.{rank}")
     with open(folder / f"updates.{rank}", "w") as file:
         for size, dump in [*sizes.items(), ("dynamic", f"{folder}/dump-dynamic")]:
             dynamic = size == "dynamic"
@@ -134,6 +136,51 @@ def updates(folder, rank, world):
                     line = {"left_out": left_out, "micro_batch_size": size, "all_rows": all_rows, "seconds": seconds}
                     file.write(json.dumps({**line, **plain}) + "\n")
     worker.save_checkpoint(f"{folder}/checkpoints/global_step_4/actor")
+
+
+def exactness(worker, batch, temperature, path):
+    """Largest errors against float64 on the very logits of an update and of an evaluation, ours and verl's own.
+
+    One line for each micro-batch ("dtype" is the logits'), and one with the norm of the gradient by verl's and by ours.
+    """
+    from types import SimpleNamespace
+
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    ours, verls, lines = worker.engine.prepare_model_outputs, FSDPEngineWithLMHead.prepare_model_outputs, []
+
+    def compared(output, output_args, micro_batch, logits_processor_func):
+        logits = output.logits.detach().clone()
+        lengths = micro_batch["input_ids"].offsets().diff().tolist()
+        packed = "temperature_rmpad" in output_args
+        rows = logits[0] if packed else torch.cat([row[:n] for row, n in zip(logits, lengths, strict=True)])
+        log_pi = (rows.double() / temperature).log_softmax(-1)
+        labels = output_args["input_ids_rmpad_rolled"]
+        exact = {"log_probs": log_pi.gather(-1, labels[:, None])[:, 0], "entropy": -(log_pi.exp() * log_pi).sum(-1)}
+        with torch.no_grad():
+            theirs = verls(worker.engine, SimpleNamespace(logits=logits), output_args, micro_batch, lambda **_: {})
+        result = ours(output, output_args, micro_batch, logits_processor_func)
+        line = {"temperature": temperature, "dtype": str(logits.dtype), "training": torch.is_grad_enabled()}
+        for name, found in (("ours", result), ("verls", theirs)):
+            for key in exact:
+                line[f"{name} {key}"] = (found[key].detach().values().double() - exact[key]).abs().max().item()
+        lines.append(line)
+        return result
+
+    worker.engine.prepare_model_outputs = compared
+    update(worker, batch, 4, temperature=temperature)
+    evaluated = batch.clone()
+    sizes = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 4}
+    tu.assign_non_tensor(evaluated, temperature=temperature, calculate_entropy=True, compute_loss=False, **sizes)
+    worker.infer_batch(evaluated)
+    gradients = []
+    for prepare in (verls.__get__(worker.engine), ours):
+        worker.engine.prepare_model_outputs = prepare
+        gradients.append(torch.tensor(update(worker, batch, 4, temperature=temperature)["grad_norm"]).mean().item())
+    lines.append({"temperature": temperature, "gradients": gradients})
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def without_signal(batch, rows, left_out):

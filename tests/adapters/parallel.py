@@ -14,7 +14,11 @@ def by_ulysses(logits):
     from verl.utils.ulysses import set_ulysses_sequence_parallel_group, slice_input_tensor
 
     set_ulysses_sequence_parallel_group(torch.distributed.group.WORLD)
-    yield slice_input_tensor(logits.unsqueeze(0), dim=1), None
+    yield slice_input_tensor(logits.unsqueeze(0), dim=1), None, None
+    temperature = torch.linspace(0.5, 2, len(logits))
+    scaled = slice_input_tensor((logits * temperature[:, None]).unsqueeze(0), dim=1)
+    # verl pads the last rank's slice with temperatures of 1.
+    yield scaled, None, slice_input_tensor(temperature[None], dim=1)[0].clamp_min(1e-8)
     set_ulysses_sequence_parallel_group(None)
 
 
@@ -32,11 +36,11 @@ def by_megatron(logits, data, tensor_parallel, context_parallel):
     shard = VOCABULARY // tensor_parallel
     first = parallel_state.get_tensor_model_parallel_rank() * shard
     mine = slice(first, first + shard)
-    yield preprocess_thd_engine(rows, pre_process=True)[0][..., mine], "thd"
-    yield preprocess_bshd_engine(rows, pre_process=True)[0][..., mine], "bshd"
+    yield preprocess_thd_engine(rows, pre_process=True)[0][..., mine], "thd", None
+    yield preprocess_bshd_engine(rows, pre_process=True)[0][..., mine], "bshd", None
     # verl's default: every micro-batch as wide as the longest sequence of its minibatch.
     tu.assign_non_tensor(data, forced_max_seqlen=33)
-    yield preprocess_bshd_engine(rows, pre_process=True, forced_max_seqlen=33)[0][..., mine], "bshd"
+    yield preprocess_bshd_engine(rows, pre_process=True, forced_max_seqlen=33)[0][..., mine], "bshd", None
     parallel_state.destroy_model_parallel()
 
 
@@ -44,9 +48,9 @@ def check(layout):
     data, logits, log_pi, log_mu, valid = micro_batch(LENGTHS)
     expected = expected_log_probs(data, logits)
     divided = by_ulysses(logits) if layout == "ulysses" else by_megatron(logits, data, *map(int, layout.split("x")))
-    for local, data_format in divided:
+    for local, data_format, temperature in divided:
         collector = TopKLogits()
-        collector.collect(local, data, data_format)
+        collector.collect(local, data, data_format, temperature)
         topk = collector.finish(log_pi, log_mu, valid, data)
         errors = [
             (topk.topk_log_prob[row, : len(rows)].double() - torch.tensor(rows).double()).abs().max().item()

@@ -75,6 +75,9 @@ def engine_config(live_assets):
 
 # verl's padding removal, with dynamic micro-batches, on transformers' sdpa attention.
 PACKED = "actor_rollout_ref.model.use_remove_padding=true"
+# bfloat16 logits, as a GPU's defaults make them.
+HALF = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
+TEMPERATURES = "+temperatures=[1.0,0.7]"
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,9 @@ def one_rank(engine_config, tmp_path_factory):
         "shuffled": engine_config("method.weights=shuffled"),
         "free": engine_config("method.delta=1e9", "method.delta_b=null"),
         "left out": engine_config("+left_out=[[0,0],[0,1],[3,9],[1,16],[0,16]]"),
+        "exact": engine_config(TEMPERATURES),
+        "exact bfloat16": engine_config(TEMPERATURES, HALF),
+        "exact bfloat16 packed": engine_config(TEMPERATURES, HALF, PACKED),
     }
     return run_engine(configs, tmp_path_factory.mktemp("engine"), world=1)
 
@@ -240,6 +246,26 @@ def test_every_divergence_is_that_of_the_full_distributions(one_rank, two_ranks,
     if name.startswith("topk_tv"):
         for update in ranks[0]:
             assert_same_update(linear[1][2], update)
+
+
+@pytest.mark.parametrize("name", ["exact", "exact bfloat16", "exact bfloat16 packed"])
+def test_log_pi_and_entropy_are_float32_of_the_logits(one_rank, name):
+    """In updates and evaluations, at temperature 1 and 0.7; verl's own are off on the same bfloat16 logits."""
+    half = "bfloat16" in name
+    lines = [json.loads(line) for line in (one_rank[name][0] / "exactness.0").read_text().splitlines()]
+    errors = [line for line in lines if "dtype" in line]
+    assert {(line["temperature"], line["training"]) for line in errors} == {
+        (temperature, training) for temperature in (1.0, 0.7) for training in (True, False)
+    }
+    for line in errors:
+        assert line["dtype"] == ("torch.bfloat16" if half else "torch.float32")
+        for key in ("log_probs", "entropy"):
+            assert line[f"ours {key}"] < 1e-5
+            assert (line[f"verls {key}"] > 1e-3) == half
+    for line in lines:
+        if "gradients" in line:
+            assert line["gradients"][1] == pytest.approx(line["gradients"][0], rel=0.1 if half else 1e-5)
+            assert line["gradients"][1] > 0
 
 
 def test_the_mask_changes_the_gradient(one_rank, linear):

@@ -13,7 +13,7 @@ from cppo_verl.config.compose import compose
 LENGTHS = [5, 2, 9, 3]
 
 
-def called(overrides=(), **terms):
+def called(overrides=(), dtype=torch.float32, **terms):
     """(loss, slope of each sequence position, statistics, inputs by hand) of one call over binary TV."""
     config = compose(["platform=cpu", "recipe=quickstart", "run.name=x", "divergence=binary_tv", *overrides])
     settings = {"entropy_coeff": 0.0, "use_kl_loss": False, "kl_loss_type": "kl", "kl_loss_coef": 0.5, **terms}
@@ -38,7 +38,7 @@ def called(overrides=(), **terms):
     flat = torch.zeros(ends[-1])
     for row, (end, n) in enumerate(zip(ends, LENGTHS, strict=True)):
         flat[end - n - 1 : end - 1] = log_pi[row, :n]
-    flat.requires_grad_()
+    flat = flat.to(dtype).requires_grad_()
     loss_function = TrustRegionLoss(actor)
     output = {"log_probs": flat, "entropy": torch.full_like(flat, 2.0)}
     loss, _ = loss_function(output, data)
@@ -54,6 +54,12 @@ def test_the_loss_is_equation_11():
     terms = [-(r * a) / (8 * 40) * (row != 1) for row, (r, a) in enumerate(zip(rho, advantages, strict=True))]
     assert loss == pytest.approx(torch.cat(terms).sum().item(), rel=1e-5)
     torch.testing.assert_close(slope, torch.cat(terms), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_log_probs_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"log pi arrived in {dtype}"):
+        called(dtype=dtype)
 
 
 def test_verls_terms_have_their_signs():

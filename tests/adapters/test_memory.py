@@ -265,6 +265,13 @@ def test_two_ranks_hold_half_of_the_states(tmp_path):
         assert_agrees(name, TWO_RANKS[name], found, folder, world=2)
 
 
+def test_the_chunk_is_the_actors():
+    from cppo_verl.adapters.actor.log_prob import CHUNK
+    from cppo_verl.dry_run.memory import LOG_PROB_CHUNK
+
+    assert LOG_PROB_CHUNK == CHUNK
+
+
 def facts(name):
     return json.loads((config_dir() / "facts" / f"{name}.json").read_text())
 

@@ -12,6 +12,7 @@ from topk_cases import VOCABULARY, K, expected_log_probs, micro_batch, nested
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cppo_verl.adapters.actor import topk
+from cppo_verl.adapters.actor.log_prob import token_log_probs
 from cppo_verl.adapters.actor.topk import TopKError, TopKLogits, gather_logits, response_markers
 from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_COLUMNS, TOPK_IDS
 
@@ -79,16 +80,25 @@ def test_normaliser_from_the_sampled_token_costs_a_rounding_of_the_largest_logit
     assert error < 1e-5 or scale > 10
 
 
-def test_half_precision_log_probs_are_not_relied_on():
-    """verl's bfloat16 fallback rounds log pi to three digits: there log Z comes from the logits."""
-    data, logits, _, log_mu, valid = micro_batch(LENGTHS)
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_half_precision_logits_give_exact_log_probs(temperature):
+    """With log pi in float32 of the same logits; verl's own in bfloat16 would move every row."""
+    data, logits, _, log_mu, _ = micro_batch(LENGTHS)
     half = logits.bfloat16()
-    own = half.log_softmax(-1)
-    rows = [own[start : start + n] for start, n in zip([2, 11, 17, 32], LENGTHS, strict=True)]
-    log_pi = [row.gather(-1, y[:, None])[:, 0] for row, y in zip(rows, data["responses"].unbind(), strict=True)]
-    log_pi = torch.nn.utils.rnn.pad_sequence(log_pi, batch_first=True)
-    result = run((data, half, log_pi, log_mu, valid))
-    assert worst_error(result, data, half.float()) < 1e-5
+    rows = None if temperature is None else torch.full((len(half),), temperature)
+    scaled = half.float() if temperature is None else half.float() / temperature
+
+    def topk_of(log_pi):
+        collector, starts = TopKLogits(), [2, 11, 17, 32]
+        collector.collect(half.unsqueeze(0), data, temperature=rows)
+        picked = [log_pi[start : start + n] for start, n in zip(starts, LENGTHS, strict=True)]
+        log_pi = torch.nn.utils.rnn.pad_sequence(picked, batch_first=True)
+        return collector.finish(log_pi, log_mu, torch.zeros_like(log_mu).bool(), data)  # no token is guarded
+
+    labels = data["input_ids"].values().roll(-1)
+    assert worst_error(topk_of(token_log_probs(half, labels, rows)[0]), data, scaled) < 1e-5
+    verls = scaled.bfloat16().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    assert worst_error(topk_of(verls), data, scaled) > 1e-3
 
 
 class LargestTensor(TorchDispatchMode):
@@ -105,18 +115,17 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("with_normaliser", [False, True])
-def test_no_second_buffer_of_logits_and_no_change_of_them(with_normaliser):
+def test_no_second_buffer_of_logits_and_no_change_of_them():
     tokens, vocabulary = 1000, 5000
     logits = torch.randn(1, tokens, vocabulary, requires_grad=True)
     before = logits.detach().clone()
     ids = torch.randint(vocabulary, (tokens, K + 1))
     markers = torch.arange(1, tokens + 1)[None]
     with LargestTensor() as seen, torch.no_grad():
-        picked = gather_logits(logits, markers, ids, 0, [], with_normaliser=with_normaliser)
+        picked = gather_logits(logits, markers, ids, 0, [], torch.ones(tokens))
     assert not picked.requires_grad
     assert torch.equal(logits, before)
-    assert seen.largest <= (128 * vocabulary if with_normaliser else tokens * (K + 1))
+    assert seen.largest <= tokens * (K + 1)
     with LargestTensor() as seen:
         logits.log_softmax(-1)
     assert seen.largest == logits.numel()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cppo_verl.adapters.actor.log_prob import CHUNK
 from cppo_verl.bench import cells, costs, tables
 from cppo_verl.bench.cells import by_process, grid, record_of, records, too_large
 from cppo_verl.bench.measure import tensors
@@ -31,11 +32,12 @@ def test_the_grid_is_that_of_the_documents():
         "mask": 16,
         "quantile": 16,
         "gather": 6,
+        "log_prob": 2,
         "rollout": 3,
         "signal": 5,
         "queue": 6,
     }
-    assert [len(group) for group in by_process(grid())] == [38, 1, 1, 1, 5, 6]
+    assert [len(group) for group in by_process(grid())] == [40, 1, 1, 1, 5, 6]
 
 
 def test_cells_beyond_the_memory_are_left_out(monkeypatch):
@@ -139,6 +141,24 @@ def test_the_timed_gather_is_the_actors(dtype):
     assert functions["copy"]().shape == (8, 6)
     assert functions["log_softmax"]().shape == (9,)
     functions["log_softmax and backward"]()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_timed_log_prob_is_the_actors_and_its_bytes_are_counted(dtype):
+    cell = {"part": "log_prob", "vocabulary": 20_000, "dtype": dtype, "tokens": 400}
+    functions, facts = tensors.log_prob(cell)
+    verls, ours = functions["verl's"](), functions["ours"]()
+    assert ours.dtype == torch.float32
+    difference = (ours - verls.float()).abs().max()
+    assert (difference > 1e-3) == (dtype == "bfloat16")
+    assert difference < 0.1
+    # verl's has the gradient and more beside the logits; ours is the logits' own storage, and chunks that malloc keeps.
+    size = 400 * 20_000 * (4 if dtype == "float32" else 2)
+    assert facts["bytes"]["verl's and backward"] > 0.9 * size
+    assert facts["bytes"]["ours and backward"] < 2.2 * 4 * CHUNK
+    seconds = {name: [1e-3, 2e-3, 1e-3] for name in functions}
+    text = tables.markdown([{**cell, **facts, "threads": 1, "load": 0.5, "date": "d", "seconds": seconds}])
+    assert f"| {dtype} | 400 | 1 | 1 | 1 | 1 | 1 | 1.000 (" in text
 
 
 def test_the_timed_mask_has_both_causes_and_the_timed_budget_is_calibrated():

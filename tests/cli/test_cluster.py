@@ -388,7 +388,7 @@ def test_kuberay_job():
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
     locked = (ROOT / "scripts" / "requirements" / "gpu.lock").read_text()
-    assert f"\nray=={cluster['rayVersion']}\n" in locked
+    assert f"\nray=={cluster['rayVersion']} ;" in locked
     assert cluster["authOptions"] == {"mode": "token"}
     assert "RAY_JOB_STOP_WAIT_TIME_S" in yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
 

@@ -14,7 +14,7 @@ import torch
 from test_schema import WRONG
 
 from cppo_verl import cli
-from cppo_verl.evaluation.samples import Question, Sample
+from cppo_verl.evaluation.samples import Question, Sample, content_hashes
 from cppo_verl.run import supervisor
 from cppo_verl.run.manifest import manifest
 
@@ -137,16 +137,18 @@ def evaluations(folder):
     ]
     settings = {
         "model": {"source": "/m", "name": "[red]m", "sha256": "a"},
-        "questions": {"x": "b"},
+        "questions": content_hashes([Question(**question)]),
         "decoding": {"n": 2, "temperature": 1.0},
         "chat": {"arguments": {}, "template_sha256": "c"},
         "reward": {"path": "pkg://cppo_verl.grading", "name": "compute_score", "kwargs": {}, "sha256": None},
     }
     whole = {"settings": settings, "attempts": [manifest(["cppo"])]}
 
-    def write(name, record=whole, questions=(question,), lines=tuple(samples), tail=b""):
+    def write(name, record=None, questions=(question,), lines=tuple(samples), tail=b""):
         target = folder / f"eval_{name}"
         target.mkdir()
+        asked = {"questions": content_hashes([Question(**line) for line in questions])}
+        record = {**whole, "settings": settings | asked} if record is None else record
         (target / "manifest.json").write_text(record if isinstance(record, str) else json.dumps(record))
         (target / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
         text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
@@ -183,14 +185,16 @@ def evaluations(folder):
 
 def runs(folder):
     """For cppo plot, merge, eval and train."""
-    config = "actor_rollout_ref: {}\nmethod: {_target_: cppo_verl.methods.Grpo, name: grpo}\n"
+    nodes = "actor_rollout_ref: {}\ndata: {}\ntrainer: {}\n"
+    grpo = "method: {_target_: cppo_verl.methods.Grpo, name: grpo}\n"
     step = json.dumps({"step": 1, "time": 1, "critic/score/mean": 0.5, "val-core/$\\frac[/x]/acc/mean@4": 0.5}) + "\n"
 
-    def write(name, metrics=step, config=config, **files):
+    def write(name, metrics=step, config=None):
         target = folder / f"run_{name}"
         target.mkdir()
         (target / "metrics.jsonl").write_bytes(metrics if isinstance(metrics, bytes) else metrics.encode())
-        (target / "config.yaml").write_text(config)
+        own = f"{nodes}run: {{dir: {folder}, name: run_{name}}}\n{grpo}"
+        (target / "config.yaml").write_text(own if config is None else config)
         (target / "manifest.json").write_text("{}")
         return target
 
@@ -205,11 +209,11 @@ def runs(folder):
     )
     write("no_metrics", metrics="")
     (write("plots_file") / "plots").write_text("")
-    for name, text in {"yaml": "{", "empty_config": "", "list_config": "[]", "no_nodes": "a: 1"}.items():
+    for name, text in {"yaml": "{\n", "empty_config": "", "list_config": "[]\n", "no_nodes": "a: 1\n"}.items():
         dumps = write(name, config=text) / "dumps" / "step_1"
         dumps.mkdir(parents=True)
         torch.save({}, dumps / "minibatch0.pt")
-    dumps = write("bad_dump", config="actor_rollout_ref: {}\nmethod: {_target_: cppo_verl.methods.Cppo, delta: 1, "
+    dumps = write("bad_dump", config=nodes + "run: {}\nmethod: {_target_: cppo_verl.methods.Cppo, delta: 1, "
                   "delta_b: 1, weights: linear, soft_gate: false, w_min: 1}\n") / "dumps" / "step_1"  # fmt: skip
     dumps.mkdir(parents=True)
     (dumps / "minibatch0.pt").write_text("hello")
@@ -226,6 +230,9 @@ def runs(folder):
     shards.mkdir(parents=True)
     (shards / "fsdp_config.json").write_text('{"world_size": 1}')
     (shards / "model_world_size_1_rank_0.pt").write_text("")
+    shards = write("nowhere", config=f"{nodes}run: {{}}\n{grpo}") / "checkpoints" / "global_step_5" / "actor"
+    shards.mkdir(parents=True)
+    (shards / "fsdp_config.json").write_text("{}")
     (folder / "run_latest").mkdir()
     (folder / "run_latest" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe" * 400)
 
@@ -288,9 +295,9 @@ PREPARE = [
     ("prepare --out OUT --train --eval", "nothing to prepare"),
     ("prepare --out {file} --train a={good.jsonl} --eval", "--out {file} is a file"),
     (f"prepare --out {{folder}}/{LONG} --train a={{good.jsonl}} --eval", "File name too long"),
-    ("prepare --out {damaged} --train a={good.jsonl} --eval", "{damaged}/manifest.json: damaged"),
-    ("prepare --out {a_list} --train a={good.jsonl} --eval", "it is not a JSON object"),
-    ("prepare --out {no_sets} --train a={good.jsonl} --eval", "it names no sets"),
+    ("prepare --out {damaged} --train a={good.jsonl} --eval", "{damaged}/manifest.json:1: is damaged"),
+    ("prepare --out {a_list} --train a={good.jsonl} --eval", "manifest.json:1: is damaged (no JSON object)"),
+    ("prepare --out {no_sets} --train a={good.jsonl} --eval", "manifest.json:1: lacks sets"),
     ("prepare --template none", "invalid choice: 'none'"),
     ("prepare --outt x", "unrecognized arguments: --outt"),
 ]
@@ -298,34 +305,34 @@ REPORT = [
     ("report {none}", "{none} is not an evaluation"),
     ("report {folder}", "{folder} is not an evaluation"),
     ("report {file}", "{file} is not an evaluation"),
-    ("report {eval_inner}", "{eval_inner}/samples.jsonl, line 2: damaged"),
-    ("report {eval_list_line}", "samples.jsonl, line 1: damaged, it is not a JSON object"),
-    ("report {eval_deep_line}", "samples.jsonl, line 1: damaged"),
-    ("report {eval_latin}", "samples.jsonl, line 3: damaged"),
-    ("report {eval_extra}", "samples.jsonl, line 1: damaged, got an unexpected keyword argument 'more'"),
-    ("report {eval_lacking}", "samples.jsonl, line 1: damaged, missing 8 required positional arguments"),
-    ("report {eval_types}", "samples.jsonl, line 1: damaged, sample has another type"),
-    ("report {eval_outcome}", "samples.jsonl, line 1: damaged, a question or outcome that there is not"),
-    ("report {eval_foreign}", "samples.jsonl, line 1: damaged, a question or outcome that there is not"),
+    ("report {eval_inner}", "{eval_inner}/samples.jsonl:2: is damaged"),
+    ("report {eval_list_line}", "samples.jsonl:1: is damaged (no JSON object)"),
+    ("report {eval_deep_line}", "samples.jsonl:1: is damaged (too deeply nested)"),
+    ("report {eval_latin}", "samples.jsonl:3: is damaged (not text)"),
+    ("report {eval_extra}", "samples.jsonl:1: is no sample of an evaluation; delete that line"),
+    ("report {eval_lacking}", "samples.jsonl:1: is no sample of an evaluation; delete that line"),
+    ("report {eval_types}", "samples.jsonl:1: is no sample of an evaluation (sample has another type)"),
+    ("report {eval_outcome}", "samples.jsonl:1: names a question or outcome that there is not"),
+    ("report {eval_foreign}", "samples.jsonl:1: names a question or outcome that there is not"),
     ("report {eval_incomplete}", "is incomplete: 1 of 2 samples are there"),
-    ("report {eval_no_questions}", "questions.jsonl: damaged, it has no question"),
-    ("report {eval_bad_question}", "questions.jsonl, line 1: damaged, prompt has another type"),
-    ("report {eval_empty_manifest}", "manifest.json: damaged"),
-    ("report {eval_brace_manifest}", "manifest.json: damaged"),
-    ("report {eval_list_manifest}", "manifest.json: damaged, it is not a JSON object"),
-    ("report {eval_no_settings}", "manifest.json: damaged, it has no usable settings"),
-    ("report {eval_n0}", "manifest.json: damaged, it has no usable settings.decoding.n"),
-    ("report {eval_n_text}", "it has no usable settings.decoding.n"),
-    ("report {eval_n_null}", "it has no usable settings.decoding.n"),
-    ("report {eval_no_packages}", "it has no usable attempts.packages"),
-    ("report {eval_text_attempts}", "it has no usable attempts"),
+    ("report {eval_no_questions}", "questions.jsonl:1: is empty"),
+    ("report {eval_bad_question}", "questions.jsonl:1: is no question of an evaluation (prompt has another type)"),
+    ("report {eval_empty_manifest}", "manifest.json:1: is empty"),
+    ("report {eval_brace_manifest}", "manifest.json:1: is damaged"),
+    ("report {eval_list_manifest}", "manifest.json:1: is damaged (no JSON object)"),
+    ("report {eval_no_settings}", "manifest.json:1: lacks settings"),
+    ("report {eval_n0}", "manifest.json:1: has no usable settings.decoding.n"),
+    ("report {eval_n_text}", "has no usable settings.decoding.n"),
+    ("report {eval_n_null}", "has no usable settings.decoding.n"),
+    ("report {eval_no_packages}", "has no usable attempts.packages"),
+    ("report {eval_text_attempts}", "has no usable attempts"),
     (f"report {LONG}", "File name too long"),
     ("report", "the following arguments are required: evaluation"),
     ("report {eval_good} extra", "unrecognized arguments: extra"),
     ("report {eval_good} --sure", "unrecognized arguments: --sure"),
     ("compare {eval_good}", "the following arguments are required: B"),
     ("compare {eval_good} {folder}", "{folder} is not an evaluation"),
-    ("compare {eval_good} {eval_inner}", "samples.jsonl, line 2: damaged"),
+    ("compare {eval_good} {eval_inner}", "samples.jsonl:2: is damaged"),
     ("compare {eval_good} {eval_good}", "needs at least two questions"),
     ("compare {eval_good} {eval_surrogate}", "share no benchmark"),
 ]
@@ -337,7 +344,10 @@ EVAL = [
     ("eval {model_empty}", "holds no model"),
     ("eval ~nobody/x/y", "~nobody/x/y does not exist"),
     ("eval {run_shards} --data {few.parquet}", "holds no model"),
-    ("eval {run_shards}/checkpoints/global_step_5 --data {few.parquet}", "config.yaml is damaged: it has no data"),
+    (
+        "eval {run_shards}/checkpoints/global_step_5 --data {few.parquet}",
+        "config.yaml:1: lacks reward",
+    ),
     ("eval {assets}/model --data {null_reward.parquet}", "has no reward_model.ground_truth in 4 of 4 rows"),
     ("eval {assets}/model --data {null_gold.parquet}", "has no reward_model.ground_truth in rows 2 and 4 of 4"),
     ("eval {assets}/model --data {null_column.parquet}", "has a reward_model without ground_truth"),
@@ -380,8 +390,9 @@ OTHERS = [
     ("merge {assets}/model", "is a Hugging Face folder already"),
     ("merge {assets}/model --out {folder}", "--out {folder} exists"),
     ("merge {run_good}", "holds no model"),
-    ("merge {run_shards}/checkpoints/global_step_5", "fsdp_config.json: damaged"),
-    ("merge {run_no_ranks}/checkpoints/global_step_5", "it has no world_size"),
+    ("merge {run_shards}/checkpoints/global_step_5", "fsdp_config.json:1: is damaged"),
+    ("merge {run_nowhere}/checkpoints/global_step_5", "{run_nowhere} does not say where it was made"),
+    ("merge {run_no_ranks}/checkpoints/global_step_5", "fsdp_config.json:1: lacks world_size"),
     (
         "merge {run_lost_rank}/checkpoints/global_step_5",
         "model_world_size_2_rank_0.pt, model_world_size_2_rank_1.pt miss",
@@ -392,15 +403,15 @@ OTHERS = [
     ("plot {none}", "{none} is not a run folder"),
     ("plot {folder}", "{folder} is not a run folder"),
     ("plot {file}", "{file} is not a run folder"),
-    ("plot {run_latin}", "{run_latin}/metrics.jsonl, line 1: damaged"),
-    ("plot {run_inner}", "metrics.jsonl, line 1: damaged"),
-    ("plot {run_list}", "metrics.jsonl, line 1: damaged, it is not a JSON object"),
-    ("plot {run_no_step}", "metrics.jsonl, line 1: damaged, it names no step"),
+    ("plot {run_latin}", "{run_latin}/metrics.jsonl:1: is damaged (not text)"),
+    ("plot {run_inner}", "metrics.jsonl:1: is damaged"),
+    ("plot {run_list}", "metrics.jsonl:1: is damaged (no JSON object)"),
+    ("plot {run_no_step}", "metrics.jsonl:1: names no step"),
     ("plot {run_plots_file}", "File exists: {run_plots_file}/plots"),
-    ("plot {run_yaml}", "config.yaml cannot be read"),
-    ("plot {run_empty_config}", "config.yaml is not the configuration of a run"),
-    ("plot {run_list_config}", "config.yaml is not the configuration of a run"),
-    ("plot {run_no_nodes}", "config.yaml is not the configuration of a run"),
+    ("plot {run_yaml}", "config.yaml:2: is damaged"),
+    ("plot {run_empty_config}", "config.yaml:1: is empty"),
+    ("plot {run_list_config}", "config.yaml:1: lacks actor_rollout_ref, data"),
+    ("plot {run_no_nodes}", "config.yaml:1: lacks actor_rollout_ref, data"),
     ("plot {run_bad_dump}", "minibatch0.pt is damaged"),
     ("bench --rounds abc", "argument --rounds"),
     ("bench --rounds 1", "--rounds must be 2 or more"),
@@ -549,7 +560,7 @@ def test_every_wrong_setting_of_a_command_has_its_line(place, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values], ids=str)
 def test_every_wrong_setting_alone(key, value, place, capsys):
-    text = {None: "null", True: "true"}.get(value, str(value)) if not isinstance(value, list) else json.dumps(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
     text = text or "''"
     plus = "+" if key.endswith("object_store_memory") else ""
     status, _, lines = run(of_a_run(place, f"{plus}{key}={text}"), capsys)

@@ -91,7 +91,11 @@ def test_topk_is_the_default_divergence(base):
 
 def test_fused_kernels_are_allowed_where_no_logits_are_read(base):
     overrides = [*base, "platform=gpu", "actor_rollout_ref.model.use_fused_kernels=true"]
-    validate(configuration.compose([*overrides, "divergence=binary_tv"]))
+    overrides.append("divergence=binary_tv")
+    validate(configuration.compose(overrides))
+    overrides.append("actor_rollout_ref.rollout.temperature=0.8")
+    assert "impl_backend=torch) divide bfloat16 logits by it" in refusal(overrides)
+    validate(configuration.compose([*overrides, "actor_rollout_ref.model.fused_kernel_options.impl_backend=triton"]))
 
 
 def test_verls_keys_stay_reachable(base):
@@ -132,6 +136,10 @@ REFUSED = [
     (["divergence.name=js"], "divergence.name=js: choose one of topk_tv"),
     (["divergence.log_prob_dtype=int8"], "divergence.log_prob_dtype=int8: use float32 or float16"),
     (["platform=gpu", "actor_rollout_ref.model.use_fused_kernels=true"], "never form the logits"),
+    (
+        ["platform=gpu", "divergence=binary_tv", "actor_rollout_ref.actor.strategy=veomni"],
+        "strategy=veomni: its log-probabilities can be rounded to bfloat16",
+    ),
     (["platform=gpu", "actor_rollout_ref.actor.pad_to_length=true"], "refuses it where the loss reads the logits"),
     (["actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=5"], "is less than divergence.k=20"),
     (["actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"], "only cppo_single_turn asks for"),

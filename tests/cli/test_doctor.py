@@ -270,19 +270,20 @@ def test_memory_of_a_container(tmp_path):
     (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
     (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
-    assert machine._memory(tmp_path) == (4 * GIB, 2 * GIB)
+    assert machine.memory(tmp_path) == (4 * GIB, 2 * GIB)
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine._memory(tmp_path)[0] == psutil.virtual_memory().total
+    assert machine.memory(tmp_path)[0] == psutil.virtual_memory().total
 
 
 def test_little_memory_and_shared_memory(monkeypatch):
-    monkeypatch.setattr(machine, "_memory", lambda: (64 * GIB, 3 * GIB))
+    monkeypatch.setattr(machine, "memory", lambda: (64 * GIB, 3 * GIB))
     assert bad(machine.check_memory(None))[0][0] == "warn"
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage(2**26, 0, 2**26))
-    finding = only(machine.check_shared_memory(None))
-    assert finding.status == "warn"
-    assert "--shm-size=20g" in finding.remedy
+    for size, status in ((2**26, "FAIL"), (2 * GIB, "warn")):
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, size=size: usage(size, 0, size))
+        finding = only(machine.check_shared_memory(None))
+        assert finding.status == status
+        assert "--shm-size=20g" in finding.remedy
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage(32 * GIB, 0, GIB))
     assert only(machine.check_shared_memory(None)).status == "ok"
 

@@ -106,6 +106,13 @@ def test_display_prints_a_line_per_step_once(run, capsys):
     steps = [text for text in capsys.readouterr().out.splitlines() if text.startswith("step ")]
     display.line(line | {"training/global_step": 2, "critic/score/mean": None})  # NaN, as metrics.jsonl has it
     assert "reward nan" in capsys.readouterr().out
+    assert "nothing to learn" not in capsys.readouterr().out
+    silent = {"groups/total": 8, "groups/zero_variance": 8, "grading/right": 0, "grading/wrong": 64}
+    for step in (1, 2):
+        display.line(line | silent | {"step": step, "training/global_step": step})
+    told = [text for text in capsys.readouterr().out.splitlines() if text.startswith("nothing to learn from: ")]
+    assert len(told) == 1
+    assert "no response is right" in told[0]
     assert len(steps) == 1
     assert all(
         word in steps[0] for word in ("1/2", "reward 0.250", "masked 10.00%", "token 6.00%", "3.0 s", "ETA 0m03s")

@@ -40,6 +40,7 @@ WRONG = {
     "actor_rollout_ref.rollout.gpu_memory_utilization": [0, 1.2, "abc"],
     "actor_rollout_ref.rollout.tensor_model_parallel_size": [0, -1, "abc"],
     "actor_rollout_ref.rollout.agent.num_workers": [0],
+    "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": [0, 0.5, "abc"],
     "actor_rollout_ref.rollout.val_kwargs.n": [0, -1, "abc"],
     "actor_rollout_ref.rollout.val_kwargs.temperature": [-1, float("nan")],
     "actor_rollout_ref.rollout.val_kwargs.top_p": [0, 2],
@@ -63,6 +64,7 @@ WRONG = {
     "run.dump_steps": ["abc", ["abc"], [0], 2, [1.5]],
     "run.mask_std_0": ["maybe", None],
     "run.poll_interval": ["abc", 0, -1, float("nan"), 100],
+    "run.stall_minutes": ["abc", 0, -1, float("inf"), True],
     "run.seed": [-1, "abc", 1.5, 2**32, None, True],
     "thresholds.tv.delta": [0, float("inf"), "abc"],
     "trainer.device": ["tpu", 3],
@@ -82,6 +84,7 @@ RIGHT = {
     "actor_rollout_ref.actor.optim.lr_warmup_steps": [None, -1, 10],
     "actor_rollout_ref.rollout.top_k": [-1, 0, 20],
     "actor_rollout_ref.rollout.val_kwargs.temperature": [0, 0.7],
+    "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": [None, 16],
     "actor_rollout_ref.rollout.max_model_len": [None, 96],
     "algorithm.rollout_correction.rollout_is": [None],
     "data.seed": [None, 0],
@@ -89,6 +92,8 @@ RIGHT = {
     "method.ratio_cap": [None, 20],
     "ray_kwargs.ray_init.num_cpus": [None, 64],
     "run.dump_steps": [[], [1, 2]],
+    "run.private_variables": [None, [], ["HF_TOKEN"]],
+    "run.stall_minutes": [None, 0.5, 60],
     "trainer.logger": ["console", ["console", "tensorboard"], None],
     "trainer.save_freq": [-1, 0, 7],
     "trainer.total_training_steps": [None, 1],
@@ -144,6 +149,12 @@ OPTIONAL = (
 )
 
 
+def test_a_wrong_value_that_may_be_a_secret_is_not_shown(composed):
+    for value in (["HF_TOKEN", "sk-123"], "sk-123", [5]):
+        [problem] = problems(composed, "run.private_variables", value)
+        assert problem.text.startswith("run.private_variables: give the names of variables, not their values")
+
+
 def settings_of(node, prefix=""):
     for name, value in node.items():
         if isinstance(value, dict):
@@ -163,7 +174,7 @@ def test_every_number_and_switch_that_our_files_define_has_a_row():
 
 
 def test_the_defaults_of_every_recipe_and_platform_pass():
-    for overrides in (["platform=cpu"], ["platform=gpu", "recipe=qwen3_30b_a3b_base"]):
+    for overrides in (["platform=cpu"], ["recipe=small"], ["platform=gpu", "recipe=qwen3_30b_a3b_base"]):
         assert list(schema.check_schema(compose(overrides))) == []
 
 

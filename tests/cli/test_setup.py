@@ -1,6 +1,8 @@
 """The set-up script: quick when nothing is to do, and clear when it cannot go on."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tomllib
 
 SETUP = Path(__file__).parents[2] / "scripts" / "setup.sh"
 
@@ -20,8 +23,9 @@ def setup(*arguments, **environment):
 
 def test_nothing_to_do_takes_no_time():
     stack = Path(sys.prefix, ".cppo-stack")
-    if not stack.exists():
-        pytest.skip("this environment was not made by scripts/setup.sh")
+    # Set up from here, another checkout's environment would become this one's.
+    if not stack.exists() or Path(sys.prefix).parent != SETUP.parents[1]:
+        pytest.skip("this environment was not made by scripts/setup.sh of this checkout")
     started = time.perf_counter()
     done = setup(stack.read_text().strip(), VENV=sys.prefix)
     assert done.returncode == 0, done.stderr
@@ -52,7 +56,7 @@ def test_no_usable_python(tmp_path):
         (old.parent / name).symlink_to(old)
     done = setup("cpu", VENV=str(tmp_path / "venv"), PATH=f"{old.parent}:/usr/bin:/bin")
     assert done.returncode == 1
-    assert "needs Python 3.11 to 3.12" in done.stderr
+    assert "needs Python 3.11.5 to 3.12" in done.stderr
     assert "PYTHON=" in done.stderr
 
 
@@ -62,6 +66,107 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     assert done.returncode == 1
     assert "is not empty and no Python environment: set VENV to another folder" in done.stderr
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_path_with_spaces(tmp_path):
+    """Ray's processes would never start, without a word."""
+    done = setup("cpu", VENV=str(tmp_path / "my venv"))
+    assert done.returncode == 1
+    assert "setup: Ray starts no process from a path with spaces in it" in done.stderr
+    assert not (tmp_path / "my venv").exists()
+
+
+def test_a_checkout_that_cannot_be_written(tmp_path):
+    """Mounted read-only, which stops root as well."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(SETUP.parent, checkout / "scripts")
+    (checkout / "pyproject.toml").touch()
+    mounted = f"mount --bind {checkout} {checkout} && mount -o remount,ro,bind {checkout}"
+    namespace = ["unshare", "--mount", "bash", "-c"]
+    if subprocess.run([*namespace, mounted], capture_output=True).returncode:
+        pytest.skip("needs the right to mount in a namespace of its own")
+    done = subprocess.run(
+        [*namespace, f"{mounted} && bash {checkout}/scripts/setup.sh cpu"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
+    assert done.returncode == 1
+    assert f"setup: {checkout} cannot be written, and installing cppo_verl from it writes there" in done.stderr
+
+
+def test_nothing_diverts_it(tmp_path):
+    """Variables with which pip or uv would install somewhere else, or something else."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "pyvenv.cfg").touch()
+    python = venv / "bin" / "python"
+    python.write_text('#!/bin/bash\nenv >>"$0.environment"\n[[ $* != *install* ]]\n')
+    python.chmod(0o755)
+    diverting = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "UV_TARGET", "UV_PREFIX", "UV_SYSTEM_PYTHON", "UV_OVERRIDE")
+    others = {name: str(tmp_path / "elsewhere") for name in diverting}
+    done = setup("gpu", VENV=str(venv), PYTHON=sys.executable, PATH="/usr/bin:/bin", PIP_USER="1", **others)
+    assert done.returncode == 1
+    assert "failed at: uv" in done.stderr
+    seen = Path(f"{python}.environment").read_text().splitlines()
+    assert "PIP_USER=0" in seen
+    assert not [line for line in seen if line.startswith(diverting)]
+
+
+def test_every_locked_package_has_hashes():
+    for name in ("cpu", "gpu", "flash_attn"):
+        entries = re.split(r"\n(?=\w)", (SETUP.parent / "requirements" / f"{name}.lock").read_text())
+        assert len(entries) > (200 if name != "flash_attn" else 0)
+        assert [entry for entry in entries if "==" not in entry or "--hash=sha256:" not in entry] == []
+
+
+def test_the_locks_hold_what_the_project_asks_for():
+    """What pyproject.toml and the lists pin exactly is in the lock in that version."""
+    requirements = SETUP.parent / "requirements"
+    project = tomllib.loads((SETUP.parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
+    for stack in ("cpu", "gpu"):
+        locked = {
+            name.lower().replace("_", "-"): version
+            for name, version in re.findall(r"^([\w.-]+)==(\S+)", (requirements / f"{stack}.lock").read_text(), re.M)
+        }
+        listed = (requirements / f"{stack}.txt").read_text().splitlines()
+        pinned = dict(re.findall(r"^([\w.-]+)==([\w.]+)", "\n".join([*project, *listed]), re.MULTILINE))
+        assert len(pinned) > 5
+        if stack == "cpu":
+            assert pinned.pop("torch") in SETUP.read_text()  # its CPU build is in no lock
+        assert {name: locked.get(name.lower().replace("_", "-")) for name in pinned} == pinned
+
+
+@pytest.mark.slow
+def test_the_gpu_stack_installs_from_the_lock(tmp_path):
+    """What scripts/setup.sh gpu installs, flash-attn left out; and the seams hold on those official wheels."""
+    free = shutil.disk_usage(tmp_path).free / 2**30
+    if free < 25:
+        pytest.skip(f"the GPU stack takes 10 GiB and its cache as much; {free:.0f} GiB are free")
+    started = time.monotonic()
+    environment = {
+        **os.environ,
+        "VENV": str(tmp_path / "venv"),
+        "FLASH_ATTN": "0",
+        "UV_CACHE_DIR": str(tmp_path / "uv"),
+    }
+    done = subprocess.run(["bash", SETUP, "gpu"], capture_output=True, text=True, timeout=1500, env=environment)
+    said = done.stdout + done.stderr
+    if "error sending request" in said or "Failed to fetch" in said:
+        pytest.skip(f"no network: {said[-300:]}")
+    assert done.returncode == 0, said
+    assert "checking the seams to verl and vLLM" in said  # compat.check()
+    print(f"{time.monotonic() - started:.0f} s, {said}")
+    python = tmp_path / "venv" / "bin" / "python"
+    found = subprocess.run(
+        [python, "-c", "from importlib.metadata import version as v; print(v('verl'), v('vllm'), v('torch'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split()[:2] == ["0.9.1", "0.24.0"]
+    assert found.stdout.split()[2].startswith("2.11.0")
 
 
 def test_ctrl_c_ends_it(tmp_path):
@@ -83,7 +188,7 @@ def test_ctrl_c_ends_it(tmp_path):
         ["bash", SETUP, "gpu"],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "VENV": str(venv), "PYTHON": sys.executable},
+        env={**os.environ, "VENV": str(venv), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background
     )

@@ -21,6 +21,7 @@ from cppo_verl.evaluation.samples import (
     EvaluationError,
     Question,
     Sample,
+    content_hashes,
     grade_sample,
     read_questions,
     write_lines,
@@ -57,7 +58,8 @@ def write_evaluation(folder, correct, drop=0, decoding=None, gold="34"):
             samples.append(grade_sample(sample, question))
     write_lines(folder / QUESTIONS, map(asdict, questions))
     write_lines(folder / SAMPLES, map(asdict, samples[: len(samples) - drop]))
-    record = {"settings": settings(**(decoding or {})), "attempts": [manifest(["cppo", "eval"])]}
+    named = {"questions": content_hashes(questions)}
+    record = {"settings": settings(**(decoding or {})) | named, "attempts": [manifest(["cppo", "eval"])]}
     (folder / MANIFEST).write_text(json.dumps(record))
     return folder
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -26,9 +27,17 @@ SWAPPED = ("method", "divergence", "run", "actor_rollout_ref.actor")
 
 
 def run_stages(
-    base: list[str], stages: list[tuple[str, list[str], int]], timeout: float
+    base: list[str],
+    stages: list[tuple[str, list[str], int]],
+    timeout: float,
+    prefix: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, list[dict]]]:
     """Compose ``base``, start one stack, train each (name, overrides, steps).
+
+    Args:
+        prefix: words before the command that launches it.
+        variables: more of its environment.
 
     Returns:
         What the terminal showed, and each stage's metrics by step. Validation and checkpoints are the first stage's.
@@ -45,11 +54,11 @@ def run_stages(
     here = str(Path(__file__).parent)
     path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, __file__, *base],
+        [*prefix, sys.executable, __file__, *base],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, STAGES: str(file), "PYTHONPATH": path},
+        env={**os.environ, STAGES: str(file), "PYTHONPATH": path, **(variables or {})},
     )
     assert done.returncode == 0, f"the live stack ended with status {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout, {line["name"]: line["metrics"] for line in read_lines(folder / "stages.jsonl")}

@@ -4,10 +4,14 @@ terminal and the run folder are what a person expects, and nothing is left runni
 import json
 import math
 import re
+import stat
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from doors import CANARIES, files_with, is_loopback, listeners, own_network
 from leftovers import leftovers
 from mask_oracle import divergences_of_response, mask_of_response
 from rewards import some_groups_equal
@@ -30,8 +34,16 @@ def cppo(delta, delta_b):
 
 
 @pytest.fixture(scope="module")
-def live(live_base):
-    """What the terminal showed, and each stage's metrics by step; validated and saved at the end of the first."""
+def ray_folder():
+    """Ray's own files; in a folder with a short name, because it holds sockets."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def live(live_base, live_folder, ray_folder):
+    """What the terminal showed, each stage's metrics by step, where it listened; validated and saved at the end of the
+    first."""
     plan = [
         ("cppo", [*cppo(*TOPK), "run.dump_steps=[1,3]"], 3),
         ("grpo", ["method=grpo"], 2),
@@ -41,10 +53,14 @@ def live(live_base):
     limit = f"actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs={VOCABULARY}"
     settings = [
         limit,
+        "trainer.logger=[console,wandb]",
         "reward.custom_reward_function.name=some_groups_equal",
         *("trainer.val_before_train=true", "trainer.test_freq=3", "trainer.save_freq=3"),
     ]
-    return run_stages([*live_base, *settings], plan, timeout=600)
+    variables = {**CANARIES, "WANDB_MODE": "offline", "RAY_TMPDIR": str(ray_folder)}
+    with listeners(live_folder) as found:
+        shown, metrics = run_stages([*live_base, *settings], plan, 600, own_network(), variables)
+    return shown, metrics, found
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +254,27 @@ def test_run_folder_is_complete(live, live_folder):
     assert {sample["data_source"] for sample in samples} == {"arithmetic"}
     assert (live_folder / "checkpoints/global_step_3/complete.json").is_file()
     assert (live_folder / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+def test_nothing_listens_but_for_this_machine(live):
+    """Every socket of every process, in a network with an address for others where this machine allows one."""
+    names = {name for name, _ in live[2]}
+    for name in ("gcs_server", "raylet", "ray::TopKServer", "ray::TransferQueueController", "ray::WorkerDict"):
+        assert name in names, names
+    assert [found for found in sorted(live[2]) if not is_loopback(found[1])] == []
+
+
+def test_no_file_of_the_run_or_of_ray_holds_a_secret(live, live_folder, ray_folder):
+    """wandb's files hold the configuration; Ray's hold what it logs."""
+    assert list((live_folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert list(ray_folder.rglob("raylet.out"))
+    assert files_with(CANARIES.values(), live_folder.parent, ray_folder) == []
+
+
+def test_the_run_folder_is_the_users_alone(live, live_folder):
+    assert stat.S_IMODE(live_folder.stat().st_mode) == 0o700
+    files = [path for path in live_folder.rglob("*") if path.is_file()]
+    assert [path for path in files if path.stat().st_mode & 0o077] == []
 
 
 def test_nothing_is_left_running(live, live_folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,31 @@ def test_overlong_responses_cost_what_dapo_says_and_leave_acc_alone(with_every_t
     mine = [sample["acc"] for sample in samples if sample["data_source"] == "aime24"]
     assert lines[2]["val-core/aime24/acc/mean@16"] == pytest.approx(sum(mine) / len(mine))
     assert lines[2]["critic/score/min"] < 0
+
+
+def test_an_own_model_and_own_problems_in_two_commands(tmp_path, live_assets):
+    """A real vocabulary, whose embedding is larger than the smallest buffer; untrained weights, which learn nothing."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    model = tmp_path / "model"
+    config = AutoConfig.from_pretrained(live_assets / "model", vocab_size=49152, hidden_size=576)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(live_assets / "model").save_pretrained(model)
+    rows = [json.dumps({"problem": f"{n}+3=", "answer": str(n + 3)}) for n in range(24)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows[:16]))
+    (tmp_path / "held.jsonl").write_text("\n".join(rows[16:]))
+    page = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text()
+    prepare, train = re.search(r"^cppo (prepare .*)\ncppo (train recipe=small .*)$", page, re.MULTILINE).groups()
+    train = train.replace("path/to/model", str(model))
+    short = ["trainer.total_training_steps=1", "data.max_response_length=32"]
+    said = ""
+    for command in (prepare.split(), [*train.split(), *short]):
+        done = subprocess.run([CPPO, *command], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said += done.stdout
+    assert "nothing to learn from: no group has right and wrong responses." in said
+    assert "gave no answer that can be found" in said
+    assert re.search(r"^no signal +1 of 1 steps", said, re.MULTILINE)
 
 
 def trained(overrides, settings, folder):

@@ -82,8 +82,8 @@ def on_host(number: int, *command: str | Path) -> list[str]:
 
 
 @contextmanager
-def ray_cluster(log: Path, wait: float = 120) -> Iterator[str]:
-    """A raylet on each host; yields the cluster's address when both have joined."""
+def ray_cluster(log: Path, wait: float = 120) -> Iterator[tuple[str, Path]]:
+    """A raylet on each host; yields the cluster's address, when both have joined, and the folder of Ray's own files."""
     address = f"{ADDRESSES[0]}:{PORT}"
     environment = {**os.environ, **ENVIRONMENT}
     sizes = ("--num-cpus=32", "--num-gpus=1", "--object-store-memory=300000000", "--disable-usage-stats", "--block")
@@ -100,7 +100,7 @@ def ray_cluster(log: Path, wait: float = 120) -> Iterator[str]:
                     subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
                 )
                 _until_joined(address, number + 1, time.time() + wait)
-        yield address
+        yield address, Path(scratch)
     finally:
         for node in reversed(nodes):
             node.terminate()
@@ -190,7 +190,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     one, two = folder / "one-node", folder / "two-nodes"
     if len(read_metrics(two)) < options.steps:
-        with two_hosts(), ray_cluster(folder / "ray.log") as address:
+        with two_hosts(), ray_cluster(folder / "ray.log") as (address, _):
             split = [f"ray_kwargs.ray_init.address={address}", "trainer.nnodes=2", "trainer.n_gpus_per_node=1"]
             settings = [*overrides_of(folder, assets, two.name, options.steps), *split]
             train(settings, folder / "two-nodes.log", on_host(0), ENVIRONMENT)

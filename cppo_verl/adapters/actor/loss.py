@@ -62,14 +62,16 @@ class TrustRegionLoss:
         dp_group: Any = None,
         student_logits: Tensor | None = None,
         data_format: str | None = None,
+        temperature: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]] | dict[str, Tensor]:
         """verl's loss signature. Returns the scalar to back-propagate; metrics are collected in ``statistics``.
 
-        With ``student_logits`` it is verl's logits hook: nothing is returned for verl to carry along.
+        With ``student_logits`` it is verl's logits hook: nothing is returned for verl to carry along. ``temperature``:
+        what each row of the logits is still to be divided by.
         """
         assert data is not None
         if student_logits is not None:
-            self._topk_logits.collect(student_logits, data, data_format)
+            self._topk_logits.collect(student_logits, data, data_format, temperature)
             return {}
         assert model_output is not None
         entropy = model_output.get("entropy")
@@ -86,6 +88,10 @@ class TrustRegionLoss:
         return loss, {}
 
     def _tokens(self, log_prob: Tensor, data: TensorDict) -> tuple[Tokens, TopK | None]:
+        if log_prob.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"log pi arrived in {log_prob.dtype}: ratios and divergences would carry its rounding (docs/topk.md)"
+            )
         padded = data.select("response_mask", "loss_mask", "rollout_log_probs", "advantages").to_padded_tensor()
         rollout_log_prob = padded["rollout_log_probs"].float()
         seeds = data.get(RESPONSE_SEEDS, None)

@@ -6,7 +6,6 @@ tensor, sequence or context parallelism has put them, and :meth:`TopKLogits.fini
 log pi(k) = logit_k - log Z with log Z = logit_y - log pi(y_t), so that no softmax is computed a second time.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,6 @@ from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_COLUMNS, TOPK
 
 # Two roundings of one number: vLLM's sampled and its top-K log-probabilities come from the same float32 array.
 _TOLERANCE = {torch.float32: 1e-6, torch.float16: 2.0**-10}
-
-# Rows of logits that the fallback for half-precision log-probabilities widens to float32 at a time.
-_CHUNK = 128
 
 
 class TopK(NamedTuple):
@@ -44,18 +40,21 @@ class TopKLogits:
     """Collects logits in the engine's logits hook and hands them to the loss of the same micro-batch."""
 
     def __init__(self) -> None:
-        self._picked: Tensor | None = None  # [N, K + 1], and one column more where log Z had to be computed
+        self._picked: Tensor | None = None  # [N, K + 1]
         self._vocabulary = 0
 
     @torch.no_grad()
-    def collect(self, logits: Tensor, data: TensorDict, data_format: str | None = None) -> None:
+    def collect(
+        self, logits: Tensor, data: TensorDict, data_format: str | None = None, temperature: Tensor | None = None
+    ) -> None:
         """Copy the logits at each response token's K ids and at the sampled token, float32; ``logits`` stay untouched.
 
         Args:
-            logits: this rank's temperature-scaled logits, ``[1, tokens / sp, V]`` (FSDP, packed sequences) or
+            logits: this rank's logits, ``[1, tokens / sp, V]`` (FSDP, packed sequences) or
                 ``[*, tokens / cp, V / tp]`` (Megatron). Row t predicts token t + 1.
             data: the micro-batch of whole sequences.
             data_format: "thd" or "bshd" from verl's Megatron engine, None from its FSDP engines.
+            temperature: of each row of ``logits``, ``[tokens / sp]``; None where they are divided by it already.
 
         Raises:
             TopKError: the trajectory's Top-K rows do not match its response tokens one to one.
@@ -66,8 +65,7 @@ class TopKLogits:
         markers, first_id, vocabulary, groups = layout(response_markers(data), logits, data, data_format)
         if markers.shape != logits.shape[:2]:
             raise TopKError(f"positions {list(markers.shape)} do not match logits {list(logits.shape)}; not supported")
-        normalise = data_format is None and not _log_prob_is_float32(logits)
-        self._picked = gather_logits(logits, markers, ids, first_id, groups, with_normaliser=normalise)
+        self._picked = gather_logits(logits, markers, ids, first_id, groups, temperature)
         self._vocabulary = vocabulary
 
     @torch.no_grad()
@@ -75,7 +73,7 @@ class TopKLogits:
         """Log-probabilities at the K ids, checked against the sampled tokens.
 
         Args:
-            log_prob, rollout_log_prob: log pi and log mu of the sampled tokens, ``[B, T]``.
+            log_prob, rollout_log_prob: log pi and log mu of the sampled tokens, computed in float32, ``[B, T]``.
             valid: the tokens to check, bool ``[B, T]``.
 
         Raises:
@@ -89,8 +87,8 @@ class TopKLogits:
         rollout = _pad(_flat(data[ROLLOUT_TOPK_LOG_PROB]), responses, width)
         padded = _pad(picked, responses, width)
         k = ids.shape[-1]
-        # log Z: computed, or from the sampled token's logit and the log-probability the loss uses.
-        normaliser = padded[..., k + 1] if padded.shape[-1] > k + 1 else padded[..., k] - log_prob.float()
+        # log Z, from the sampled token's logit and the log-probability the loss uses.
+        normaliser = padded[..., k] - log_prob.float()
         topk_log_prob = padded[..., :k] - normaliser.unsqueeze(-1)
         matches = ids == _pad(_flat(responses), responses, width).unsqueeze(-1)
         topk = TopK(ids, rollout.float(), topk_log_prob, matches.any(-1))
@@ -122,21 +120,20 @@ def gather_logits(
     ids: Tensor,
     first_id: int,
     groups: list[ProcessGroup],
-    with_normaliser: bool = False,
+    temperature: Tensor | None = None,
 ) -> Tensor:
     """Logits of every response token at its ids, from this rank's shard and, summed over ``groups``, from all others'.
 
     Args:
-        logits: ``[B', L, V']``, this rank's positions and ids ``first_id`` to ``first_id + V' - 1``; V' is the whole
-            vocabulary where ``with_normaliser`` is set.
+        logits: ``[B', L, V']``, this rank's positions and ids ``first_id`` to ``first_id + V' - 1``.
         markers: ``[B', L]``, see :func:`response_markers`; every response token is marked on one rank of each group
             that divides positions.
         ids: int64 ``[N, K']``.
         groups: the groups that divide vocabulary or positions; each must be called by all its ranks.
-        with_normaliser: append a column with log Z = logsumexp of the token's logits.
+        temperature: divides the values of each position, ``[B' * L]``.
 
     Returns:
-        float32 ``[N, K']`` (or ``[N, K' + 1]``), the same on every rank.
+        float32 ``[N, K']``, the same on every rank.
     """
     length = logits.shape[1]
     # Where each token's row lies on this rank, -1 if elsewhere; slot 0 collects the unmarked positions.
@@ -147,13 +144,9 @@ def gather_logits(
     local = ids - first_id
     owned = here.unsqueeze(-1) & (local >= 0) & (local < logits.shape[-1])
     values = logits[batch.unsqueeze(-1), position.unsqueeze(-1), local.clamp(0, logits.shape[-1] - 1)].float()
+    if temperature is not None:
+        values = values / temperature[place.clamp_min(0)].unsqueeze(-1)
     values = torch.where(owned, values, 0.0)
-    if with_normaliser:
-        normaliser = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)
-        for start in range(0, len(ids), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            normaliser[rows] = logits[batch[rows], position[rows]].float().logsumexp(-1)
-        values = torch.cat([values, torch.where(here, normaliser, 0.0).unsqueeze(-1)], dim=-1)
     for group in groups:
         torch.distributed.all_reduce(values, group=group)
     return values
@@ -217,16 +210,6 @@ def _megatron_layout(
     shard = logits.shape[-1]
     first_id = parallel_state.get_tensor_model_parallel_rank() * shard
     return markers, first_id, shard * tensor_parallel, groups
-
-
-def _log_prob_is_float32(logits: Tensor) -> bool:
-    """Whether verl's log-probability of these logits is computed in float32, so that log Z can be had from it."""
-    if logits.dtype in (torch.float32, torch.float64):
-        return True
-    from verl.utils import torch_functional
-
-    flash = torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE
-    return flash and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"
 
 
 def _check_rows(data: TensorDict) -> None:

@@ -1,17 +1,22 @@
 """The actor worker: verl's own, with the trust-region loss installed and its statistics returned with the metrics."""
 
+from typing import Any
+
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from cppo_verl.adapters import store
+from cppo_verl.adapters.actor.engine import ExactTrainingWorker
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.adapters.actor.selection import select_rows
 from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
+from cppo_verl.run import progress
 
 
-class TrustRegionTrainingWorker(TrainingWorker):
+class TrustRegionTrainingWorker(ExactTrainingWorker):
     """Trains the minibatches of one update and adds the token statistics, summed over data parallelism."""
 
     loss_fn: TrustRegionLoss
@@ -43,7 +48,8 @@ class TrustRegionTrainingWorker(TrainingWorker):
             if selected is None:
                 return self._skip(data)
             data = selected
-        return super().train_batch(data)
+        with progress.doing("update"):
+            return super().train_batch(data)
 
     def _with_sizes(self, data: TensorDict) -> TensorDict:
         """With the sizes of micro-batches that verl would put in next, from the engine's settings."""
@@ -71,9 +77,15 @@ class TrustRegionActorWorker(ActorRolloutRefWorker):
     """verl's hybrid worker (actor, rollout, optional reference) whose actor minimises :class:`TrustRegionLoss`."""
 
     actor_worker_cls = TrustRegionTrainingWorker
+    ref_worker_cls = ExactTrainingWorker
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        store.listen_on_its_host()
+        super().__init__(*args, **kwargs)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
+        progress.report(f"actor worker {self.rank}")
         super().init_model()
         if "actor" in self.role:
             self.actor.set_loss_fn(TrustRegionLoss(omega_conf_to_dataclass(self.config.actor)))

@@ -1,15 +1,21 @@
-"""vLLM's side of the CPU stack (``vllm.general_plugins`` entry point: called before a model is built)."""
+"""Ours in every process of vLLM (``vllm.general_plugins`` entry point: called before a model is built)."""
 
 import os
 from typing import Any
 
+from cppo_verl.adapters import store
+from cppo_verl.run import progress
+
 
 def register() -> None:
-    """Keep Linear weights updatable.
+    """Have the process write its stacks when it is asked to, and the store listen on its host; on CPUs keep Linear
+    weights updatable.
 
     vLLM's CPU backend repacks them after loading and drops the parameter, so the first weight sync of a training run
     would fail; a plain ``F.linear`` on the kept parameter serves both.
     """
+    progress.report()
+    store.listen_on_its_host()
     if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
         return
     import torch

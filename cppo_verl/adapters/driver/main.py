@@ -5,7 +5,8 @@ Reads RUN_FOLDER/config.yaml, which the command line has composed and checked, s
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ from verl.utils.config import validate_config
 
 from cppo_verl.adapters import compat
 from cppo_verl.adapters.cpu import verl_platform
-from cppo_verl.run import lifeline
+from cppo_verl.run import confidential, lifeline, progress
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.log import RunLog
 
@@ -25,6 +26,8 @@ _FORWARDED = (
     *("CPPO_", "VERL_", "VLLM_", "TQ_", "OMP_", "KMP_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "GLOO_"),
     *("CUDA_DEVICE_MAX", "RAY_ACCEL", "RAY_DEDUP", "RAY_USAGE", "PYTHONUNBUFFERED", "HYDRA_", "WANDB_", "TENSORBOARD_"),
 )
+# Ray's address of a Ray that is yet to be started.
+OWN = "local"
 # Of one node only.
 _LOCAL = ("VLLM_HOST_IP",)
 
@@ -43,6 +46,7 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
         from cppo_verl.adapters.driver.trainer import TrustRegionTrainer
         from cppo_verl.adapters.rollout import registration
 
+        progress.report("driver")  # in a process of its own on GPUs
         registration.register()
         resampling.install()
         configure_verl_logging()
@@ -97,27 +101,37 @@ def train(config: DictConfig, runner: Any = TaskRunner) -> None:
     compat.check()
     if config.trainer.device == "cpu" and not verl_platform.active():
         raise RuntimeError("trainer.device=cpu needs VERL_PLATFORM=cpu in the environment; cppo train sets it")
-    config.ray_kwargs.ray_init = ray_settings(config.ray_kwargs.ray_init, os.environ)
+    private = [str(name) for name in config.run.private_variables or ()]
+    config.ray_kwargs.ray_init = ray_settings(config.ray_kwargs.ray_init, os.environ, private)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-    run_ppo(config, task_runner_class=InThisProcess(runner) if config.trainer.device == "cpu" else runner)
+    joins = config.ray_kwargs.ray_init.address != OWN
+    handed = {name: os.environ[name] for name in private if joins and name in os.environ}
+    with confidential.shared(Path(config.run.dir) / str(config.run.name), handed):
+        run_ppo(config, task_runner_class=InThisProcess(runner) if config.trainer.device == "cpu" else runner)
 
 
-def ray_settings(settings: DictConfig, environment: Mapping[str, str]) -> DictConfig:
+def ray_settings(settings: DictConfig, environment: Mapping[str, str], private: Sequence[str] = ()) -> DictConfig:
     """Arguments of ``ray.init``: for a Ray of this run's own, or for a cluster that is running already.
 
     Processes of an own Ray inherit this one's environment. Those of a running cluster have its nodes': what the run
-    needs is sent along, and what would size a new Ray is left out, which ``ray.init`` refuses there.
+    needs is sent along, but for secrets, and what would size a new Ray is left out, which ``ray.init`` refuses there.
+
+    Args:
+        private: variables that workers read from a file of the run, whatever their names.
     """
-    address = settings.get("address") or environment.get("RAY_ADDRESS")
-    if not address:
+    address = settings.get("address") or environment.get("RAY_ADDRESS") or OWN
+    if address == OWN:
         # Without "local" Ray joins any cluster that it finds on this machine.
-        return _merged(settings, {"address": "local"})
+        return _merged(settings, {"address": OWN})
     forwarded = {
-        name: value for name, value in environment.items() if name.startswith(_FORWARDED) and name not in _LOCAL
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_FORWARDED) and name not in (*_LOCAL, *private) and not confidential.is_secret(name, value)
     }
     sizes = ("num_cpus", "num_gpus", "resources", "object_store_memory", "include_dashboard")
     kept = {name: value for name, value in settings.items() if name not in sizes}
-    return _merged({"runtime_env": {"env_vars": forwarded}}, kept, {"address": address})
+    hook = {"worker_process_setup_hook": confidential.RECEIVE} if any(name in environment for name in private) else {}
+    return _merged({"runtime_env": {"env_vars": forwarded, **hook}}, kept, {"address": address})
 
 
 def _merged(*settings: Any) -> DictConfig:
@@ -129,6 +143,7 @@ def _merged(*settings: Any) -> DictConfig:
 def run(folder: str, runner: Any = TaskRunner) -> None:
     """Train what RUN_FOLDER/config.yaml says; the outcome is the last event of the folder."""
     lifeline.heed()
+    progress.report("driver")
     log = RunLog(folder)
     log.event("starting Ray")
     with log.outcome():

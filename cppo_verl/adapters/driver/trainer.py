@@ -23,6 +23,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from cppo_verl.adapters.actor.worker import TrustRegionActorWorker
 from cppo_verl.adapters.columns import DUMP_DIR, TOPK, TRAIN_ALL_ROWS
+from cppo_verl.adapters.driver import placement
 from cppo_verl.adapters.driver.step_metrics import (
     aime_mean,
     outcome_metrics,
@@ -43,6 +44,7 @@ from cppo_verl.adapters.driver.trajectories import (
 from cppo_verl.adapters.rollout.client import DirectClient
 from cppo_verl.adapters.rollout.workers import TrustRegionAgentLoopManager
 from cppo_verl.checkpoint import retention
+from cppo_verl.run import progress
 from cppo_verl.run.log import RunLog, accuracies, read_metrics, validation_score
 
 Started = TypeVar("Started")
@@ -130,6 +132,9 @@ class TrustRegionTrainer(PPOTrainerSync):
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = self.run.poll_interval
+        buffer._sync_metadata_from_transfer_queue = progress.counting(
+            buffer._sync_metadata_from_transfer_queue, lambda: _stored(buffer)
+        )
         return buffer
 
     def get_llm_client(self) -> LLMServerClient:
@@ -141,6 +146,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         return servers.get_client(DirectClient, address=servers.server_addresses[0], server=servers.server_handles[0])
 
     def _init_resource_pool_mgr(self) -> None:
+        placement.require_room(self.config, ray.nodes())
         super()._init_resource_pool_mgr()
         self._server_prepared = _beside(_prepare_server, self.config)
         for role in (Role.ActorRollout, Role.ActorRolloutRef):
@@ -155,7 +161,7 @@ class TrustRegionTrainer(PPOTrainerSync):
     def _restore_history(self, step: int) -> None:
         """Metrics and validation samples as they were at ``step``; its validation is repeated if it had not ended."""
         for path in (self.log.folder / "validation").glob("*.jsonl"):
-            if int(path.stem) > step:
+            if path.stem.isdecimal() and int(path.stem) > step:
                 path.unlink()
         settings = self.config.trainer
         folder = retention.step_folder(settings.default_local_dir, step)
@@ -168,7 +174,7 @@ class TrustRegionTrainer(PPOTrainerSync):
             for name, value in read_metrics(self.log.folder).get(step, {}).items()
             if name not in ("step", "time")
         }
-        saved = retention.metrics_of(folder) if retention.is_complete(folder) else {}
+        saved = retention.metrics_of(folder)
         due = settings.test_freq > 0 and (step % settings.test_freq == 0 or step >= self.total_training_steps)
         settings.val_before_train = due and not accuracies(logged)
         if settings.val_before_train:
@@ -179,10 +185,20 @@ class TrustRegionTrainer(PPOTrainerSync):
             if not logged:
                 self._unlogged = step, saved
 
+    def on_init_end(self) -> None:
+        progress.phase("weight sync")
+        super().on_init_end()
+
+    def on_step_end(self) -> None:
+        progress.phase("weight sync")
+        super().on_step_end()
+
     def on_validate_begin(self) -> None:
+        progress.phase("validation")
         self.log.event("validating", step=self.global_steps)
 
     def on_sample_begin(self) -> None:
+        progress.phase("generation")
         super().on_sample_begin()
         self.log.event("generating", step=self.global_steps)
 
@@ -215,9 +231,12 @@ class TrustRegionTrainer(PPOTrainerSync):
         return metrics | aime_mean(metrics) | {"validation/missing_responses": max(expected - len(sample_uids), 0)}
 
     def _save_checkpoint(self) -> None:
+        progress.phase("saving")
         self.log.event("saving", step=self.global_steps)
         self._prune()  # room for the new one
         folder = retention.step_folder(self.config.trainer.default_local_dir, self.global_steps)
+        if folder.is_symlink():  # verl would write to where it leads
+            raise FileExistsError(f"{folder} is a symbolic link, which no run replaces: move it away, then resume")
         try:
             retention.remove(folder)  # what an attempt that was killed left there
             super()._save_checkpoint()
@@ -240,6 +259,7 @@ class TrustRegionTrainer(PPOTrainerSync):
         return metrics
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        progress.phase("preparation of the update")
         expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         metrics["rollout/missing_responses"] = expected - len(batch)
         if self.run.seeded_rollout:
@@ -283,11 +303,18 @@ class TrustRegionTrainer(PPOTrainerSync):
         # A dump shows the skipped groups too.
         batch.extra_info[TRAIN_ALL_ROWS] = dump or self.run.train_all_rows
         batch.extra_info[DUMP_DIR] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump else ""
+        progress.phase("update")
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.removeprefix("actor/").startswith(_OUR_FAMILIES)]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         require_finite_gradient(metrics, self.global_steps)
         return batch
+
+
+def _stored(buffer: ReplayBuffer) -> tuple[int, ...]:
+    """How many responses and prompts there are, by how far they are; it changes with every response."""
+    groups = (buffer.partitions, buffer.pending_keys, buffer.running_keys, buffer.finished_keys, buffer.failure_keys)
+    return tuple(sum(map(len, group.values())) for group in groups)
 
 
 def _beside(start: Callable[..., Started], *arguments: Any) -> Future[Started]:

@@ -7,6 +7,7 @@ the engine, instead of vLLM's dictionary, object and detokenized string for each
 
 import argparse
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, overload
@@ -23,6 +24,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
 from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK, TOPK_IDS, TRUNCATED
+from cppo_verl.run import progress
 
 
 class TopKLogprobs(Sequence[dict[int, Any]]):
@@ -119,7 +121,9 @@ class TopKServer(vLLMHttpServer):
             self.begin(**settings)
 
     def begin(self, **settings: Any) -> None:
-        """What verl makes a server with."""
+        """What verl makes a server with; vLLM's own sockets are on Ray's address of the node, as the server's is."""
+        progress.report("vLLM server")
+        os.environ.setdefault("VLLM_HOST_IP", ray.util.get_node_ip_address().strip("[]"))
         super().__init__(**settings)
 
     async def run_server(self, args: argparse.Namespace) -> None:
@@ -176,7 +180,8 @@ class TopKServer(vLLMHttpServer):
     ) -> TokenOutput:
         self._finished[request_id] = {}
         try:
-            output = await super().generate(prompt_ids, sampling_params, request_id, **request)
+            with progress.doing("generation"):
+                output = await super().generate(prompt_ids, sampling_params, request_id, **request)
         finally:
             fields = self._finished.pop(request_id, {})
         output.extra_fields.update(fields)

@@ -34,6 +34,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 
 from cppo_verl.adapters.rollout.agent_loop import AGENT_LOOP, TrustRegionAgentLoop
 from cppo_verl.adapters.rollout.batching import Batched
+from cppo_verl.run import progress
 
 # A response on its way to a reward worker: what was generated, and its row of the data set.
 Ungraded = tuple[AgentLoopOutput, dict[str, Any]]
@@ -65,7 +66,8 @@ class QueueInBatches:
         for (partition_id, _), rows in together.items():
             keys, fields, tags = map(list, zip(*rows, strict=True))
             table = list_of_dict_to_tensordict(fields)
-            await tq.async_kv_batch_put(keys=keys, fields=table, tags=tags, partition_id=partition_id)
+            with progress.doing("queue"):
+                await tq.async_kv_batch_put(keys=keys, fields=table, tags=tags, partition_id=partition_id)
         return [None] * len(puts)
 
 
@@ -74,6 +76,7 @@ class TrustRegionAgentLoopWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_cla
 
     def __init__(self, config: DictConfig, llm_client: LLMServerClient | None, *args: Any, **kwargs: Any) -> None:
         # verl writes on the client; where it is still to come, what it wrote is handed on.
+        progress.report("agent loop worker")
         self._in_place_of_client = SimpleNamespace()
         super().__init__(config, llm_client or self._in_place_of_client, *args, **kwargs)
         # The two names by which verl's worker stores a response; this process has no other worker.
@@ -130,6 +133,10 @@ def _grading(worker: ActorHandle) -> Callable[[list[Ungraded]], Any]:
     """How a reward worker is asked for the rewards of several responses."""
 
     async def grade(responses: list[Ungraded]) -> list[dict[str, Any] | BaseException]:
+        with progress.doing("grading"):
+            return await graded(responses)
+
+    async def graded(responses: list[Ungraded]) -> list[dict[str, Any] | BaseException]:
         try:
             return await worker.compute_score_batch.remote(reward_inputs(responses))
         except RayTaskError:

@@ -1,5 +1,6 @@
-"""Mask, calibrated budget and Top-K gather: tensors of a made-up batch in, nothing else around them."""
+"""Mask, calibrated budget, Top-K gather and log-probabilities: tensors of a made-up batch in, nothing else around."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor
 from verl.utils.torch_functional import logprobs_from_logits
 
 from cppo_verl import core
+from cppo_verl.adapters.actor.log_prob import token_log_probs
 from cppo_verl.adapters.actor.topk import TopKLogits, gather_logits, response_markers
+from cppo_verl.adapters.cpu.verl_platform import PlatformCPU
 from cppo_verl.bench.cells import Cell
 
 Functions = dict[str, Callable[[], object]]
@@ -71,6 +74,59 @@ def gather(cell: Cell) -> tuple[Functions, dict[str, Any]]:
 
     copy = torch.no_grad()(lambda: gather_logits(logits.unsqueeze(0), markers, ids, 0, []))
     return {"hook": hook, "copy": copy, "log_softmax": forward, "log_softmax and backward": both}, {}
+
+
+def log_prob(cell: Cell) -> tuple[Functions, dict[str, Any]]:
+    """log pi of the sampled tokens in float32, and verl's, which without flash-attn's kernel has the logits' dtype.
+
+    "bytes" is what a forward and a backward pass take beyond the logits at their peak.
+    """
+    torch.manual_seed(0)
+    logits = torch.randn(cell["tokens"], cell["vocabulary"]).mul_(3.0).to(getattr(torch, cell["dtype"]))
+    sampled = torch.randint(cell["vocabulary"], (cell["tokens"],))
+
+    def ours(logits: Tensor, with_entropy: bool = False) -> Tensor:
+        log_pi, entropy = token_log_probs(logits, sampled, None, with_entropy, inplace_backward=True)
+        return log_pi if entropy is None else log_pi + entropy
+
+    def both(function: Callable[[Tensor], Tensor]) -> None:
+        leaf = torch.empty(0, dtype=logits.dtype, requires_grad=True)
+        function(_FromHead.apply(leaf, logits.clone())).sum().backward()
+
+    def verls(logits: Tensor) -> Tensor:
+        return logprobs_from_logits(logits, sampled)
+
+    functions: Functions = {
+        "verl's": torch.no_grad()(lambda: verls(logits)),
+        "ours": torch.no_grad()(lambda: ours(logits)),
+        "verl's and backward": lambda: both(verls),
+        "ours and backward": lambda: both(ours),
+        "ours with entropy and backward": lambda: both(lambda logits: ours(logits, with_entropy=True)),
+    }
+    size = logits.numel() * logits.element_size()
+    return functions, {"bytes": {name: _peak(functions[name]) - size for name in functions if "backward" in name}}
+
+
+class _FromHead(torch.autograd.Function):
+    """The model's part of the graph: logits that come out of it and a gradient that goes back into it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_empty(0), None
+
+
+def _peak(function: Callable[[], object]) -> int:
+    """Bytes that the process grows by at most while ``function`` runs."""
+    memory = PlatformCPU.device_module
+    ctypes.CDLL(None).malloc_trim(0)  # or memory kept from before would be used without growing
+    memory.reset_peak_memory_stats()
+    before = memory.memory_allocated()
+    function()
+    return int(memory.max_memory_allocated() - before)
 
 
 def _batch(cell: Cell) -> tuple[Tensor, Tensor]:
