@@ -152,7 +152,8 @@ else
   say "flash-attn (compiled where there is no wheel: long; skip with FLASH_ATTN=0)"
   if [[ ${FLASH_ATTN:-1} == 0 ]] || ! logged "${install[@]}" wheel packaging ninja psutil ||
     ! logged "${install[@]}" --no-build-isolation -r "$requirements/flash_attn.lock"; then
-    say "without flash-attn: give +actor_rollout_ref.model.override_config.attn_implementation=sdpa to every run (slower)"
+    say "without flash-attn: give +actor_rollout_ref.model.override_config.attn_implementation=sdpa to every run"
+    say "(slower attention and log-probabilities; they are float32 either way)"
     if [[ ${FLASH_ATTN:-1} != 0 ]]; then
       say "why: $log; the next scripts/setup.sh tries again, FLASH_ATTN=0 leaves it out for good"
       complete=no

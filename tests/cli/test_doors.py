@@ -145,6 +145,7 @@ def run_folder(folder, **settings):
         "run": {"dir": str(folder.parent), "name": folder.name},
         "actor_rollout_ref": {"model": {"trust_remote_code": False}},
         "reward": {"custom_reward_function": {"path": OWN_REWARD}},
+        **{node: {} for node in ("data", "trainer", "method", "divergence")},
     }
     for key, value in settings.items():
         OmegaConf.update(config := OmegaConf.create(config), key, value)
@@ -153,7 +154,7 @@ def run_folder(folder, **settings):
     actor = folder / "checkpoints" / "global_step_1" / "actor"
     actor.mkdir(parents=True)
     (actor / "fsdp_config.json").write_text('{"world_size": 1}')
-    (actor.parent / "complete.json").write_text("{}")
+    (actor.parent / "complete.json").write_text('{"step": 1, "metrics": {}}')
     return folder
 
 
@@ -219,7 +220,7 @@ def test_shards_that_lie_in_no_run_may_be_anybodys(tmp_path, capsys):
 
 def evaluation(folder, named, reward):
     folder.mkdir()
-    settings = {"reward": {"path": str(reward), "name": "score", "kwargs": {}}, "decoding": {"n": 1}}
+    settings = {"reward": {"path": str(reward), "name": "score", "kwargs": {}}, "decoding": {"n": 1}, "questions": {}}
     (folder / "manifest.json").write_text(json.dumps({**named, "settings": settings, "attempts": []}))
     (folder / "questions.jsonl").touch()
     return folder

@@ -121,7 +121,7 @@ def test_every_difference_is_listed_once(printed, name, defaults):
     assert nodes.keys() == {"divergence", "method", "run", "thresholds"}
     for node, settings in nodes.items():
         leaves = {key for key in expected if key.startswith(f"{node}.") and not key.endswith("._target_")}
-        assert {f"{node}.{setting.partition('=')[0]}" for setting in settings.split(", ")} == leaves
+        assert {f"{node}.{setting.partition('=')[0]}" for setting in re.split(r", (?=[\w.]+=)", settings)} == leaves
     assert set(keys) == {key for key in expected if key.partition(".")[0] not in nodes}
     for line in listed:
         before, arrow, after = line.partition(": ")[2].partition(" -> ")
@@ -392,7 +392,8 @@ def test_the_quickstart_has_nothing_to_warn_about(printed, folder, live_assets):
     settings = json.loads((live_assets / "model" / "config.json").read_text())
     (folder / "wide").mkdir()
     (folder / "wide" / "config.json").write_text(json.dumps({**settings, "vocab_size": 151936}))
-    _, sections = printed(*quickstart, "actor_rollout_ref.model.path=wide")
+    assert printed(*quickstart, "actor_rollout_ref.model.path=wide")[1]["warnings"] == []
+    _, sections = printed(*quickstart, "actor_rollout_ref.model.path=wide", f"{wide}=16")
     assert sections["warnings"] == [f"{wide}=16: the embedding takes 75 and is sent whole; give more"]
 
 

@@ -1,10 +1,11 @@
 """Where the processes of a live run listen, seen in a network that has an address for others; and planted secrets."""
 
 import ipaddress
+import os
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -43,9 +44,8 @@ def listeners(run: Path) -> Iterator[set[tuple[str, str]]]:
                 try:
                     if process.environ().get("CPPO_RUN_FOLDER") == str(run):
                         name = Path(process.cmdline()[0].split()[0]).name
-                        connections = process.net_connections("tcp")
-                        found.update((name, seen.laddr.ip) for seen in connections if seen.status == "LISTEN")
-                except (psutil.Error, IndexError):
+                        found.update((name, address) for address in _listening(Path(f"/proc/{process.pid}")))
+                except (psutil.Error, OSError, IndexError):
                     continue
 
     thread = threading.Thread(target=look, daemon=True)
@@ -57,8 +57,24 @@ def listeners(run: Path) -> Iterator[set[tuple[str, str]]]:
         thread.join()
 
 
+def _listening(process: Path) -> Iterator[str]:
+    """As the process's own network has it; psutil looks at this process's."""
+    sockets = set()
+    for descriptor in (process / "fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            sockets.add(os.readlink(descriptor))
+    for table in ("tcp", "tcp6"):
+        for line in (process / "net" / table).read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                number = bytes.fromhex(words[1].partition(":")[0])  # in words of four bytes, least significant first
+                parts = (number[start : start + 4][::-1] for start in range(0, len(number), 4))
+                yield str(ipaddress.ip_address(b"".join(parts)))
+
+
 def is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback
+    found = ipaddress.ip_address(address)
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def files_with(words: Iterator[str] | list[str], *folders: Path) -> list[tuple[Path, str]]:

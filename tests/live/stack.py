@@ -40,7 +40,7 @@ def run_stages(
         variables: more of its environment.
 
     Returns:
-        What the terminal showed, and each stage's metrics by step. Validation and checkpoints are the first stage's.
+        What the terminal showed, and each stage's metrics by step. Validation, checkpoints, trackers: of the first.
     """
     base = [*base, f"trainer.total_training_steps={sum(steps for *_, steps in stages)}"]
     folder = configuration.run_folder(configuration.compose(base))
@@ -93,7 +93,9 @@ def train_stages(folder: Path) -> None:
             trainer.total_training_steps = trainer.global_steps + stage.steps
             trainer.fit(self.agent_loop_manager)
             trainer.global_steps -= 1  # fit() counts on after its last step
-            trainer.config.trainer.update({"val_before_train": False, "test_freq": -1, "save_freq": -1})
+            # Each fit() makes a tracker; that of the one before ends wandb's run when it goes.
+            once = {"val_before_train": False, "test_freq": -1, "save_freq": -1, "logger": ["console"]}
+            trainer.config.trainer.update(once)
             lines = [line for step, line in read_metrics(folder).items() if step >= first]
             with open(folder / "stages.jsonl", "a") as file:
                 file.write(json.dumps({"name": stage.name, "metrics": lines}) + "\n")

@@ -1,11 +1,16 @@
 """One real stack (verl + Ray + vLLM + FSDP2 on the CPU): CPPO and a baseline train, the mask is the paper's, the
 terminal and the run folder are what a person expects, and nothing is left running."""
 
+import ipaddress
 import json
 import math
+import os
 import re
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -262,6 +267,29 @@ def test_nothing_listens_but_for_this_machine(live):
     for name in ("gcs_server", "raylet", "ray::TopKServer", "ray::TransferQueueController", "ray::WorkerDict"):
         assert name in names, names
     assert [found for found in sorted(live[2]) if not is_loopback(found[1])] == []
+
+
+def test_a_socket_for_others_would_be_seen(tmp_path):
+    """The same look at a process that opens one for each."""
+    hosts = ("127.0.0.1", "::ffff:127.0.0.1", "0.0.0.0", "::")
+    script = (
+        "import socket, sys, time\n"
+        "def make(host, six):\n"
+        "    family = socket.AF_INET6 if six else socket.AF_INET\n"
+        "    return socket.create_server((host, 0), family=family, dualstack_ipv6=six)\n"
+        "kept = [make(host, ':' in host) for host in sys.argv[1:]]\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [*own_network(), sys.executable, "-c", script, *hosts]
+    variables = {**os.environ, "CPPO_RUN_FOLDER": str(tmp_path)}
+    with listeners(tmp_path) as found, subprocess.Popen(command, env=variables, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(2.5)
+        process.kill()
+    seen = {address for _, address in found}
+    assert {ipaddress.ip_address(address) for address in seen} == {ipaddress.ip_address(host) for host in hosts}
+    assert {address for address in seen if not is_loopback(address)} == {"0.0.0.0", "::"}
 
 
 def test_no_file_of_the_run_or_of_ray_holds_a_secret(live, live_folder, ray_folder):
