@@ -4,14 +4,18 @@ Nothing heavy is imported before the arguments are parsed, so that ``cppo --help
 """
 
 import argparse
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
 from cppo_verl import __version__
 from cppo_verl.bench.variants import OTHERS
 from cppo_verl.problems import ConfigError
+from cppo_verl.run.terminal import one_line, warn
 
 _TRAIN_HELP = """\
 Every override is Hydra's: method=dppo, method.delta=0.2, divergence=binary_kl, trainer.total_training_steps=100 ...
@@ -49,20 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse gives up on positionals that follow an option; recipes append "$@" after theirs.
     parsed, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in parsed):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(one_line(f"unrecognized arguments: {' '.join(rest)}"))
     options = vars(parsed)
     if rest:
         options["overrides"] = [*options["overrides"], *rest]
     command, (module, function) = options.pop("command"), options.pop("action").split(":")
     try:
-        return getattr(import_module(f"cppo_verl.{module}"), function)(**options)
+        status = getattr(import_module(f"cppo_verl.{module}"), function)(**options)
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
-        for line in str(error).splitlines():
-            print(f"cppo {command}: {line}", file=sys.stderr)
+        for line in [problem.text for problem in error.problems] or str(error).split("\n"):
+            warn(f"cppo {command}: {one_line(line)}")
+    except BrokenPipeError:  # of a reader that has seen enough, e.g. head
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"cppo {command}: {error.strerror}: {error.filename}", file=sys.stderr)
+        warn(one_line(f"cppo {command}: {error.strerror}: {error.filename}"))
     except KeyboardInterrupt:
         return 130
     return 2
@@ -135,11 +145,11 @@ def _add_eval_arguments(evaluate: argparse.ArgumentParser) -> None:
         help="every checkpoint of a run; the best again with fresh seeds, and the last")  # fmt: skip
     add("--data", nargs="+", type=Path, metavar="FILE", help="verl parquet files (default: the run's, or data/aime*)")
     add("-n", type=_positive, help="samples per question")
-    add("--temperature", type=float)
-    add("--top-p", type=float)
+    add("--temperature", type=_between(0, math.inf))
+    add("--top-p", type=_between(0, 1))
     add("--max-tokens", type=_positive, help="longest response")
     add("--thinking", action=argparse.BooleanOptionalAction, help="enable_thinking of the chat template")
-    add("--seed", type=int, help="another one samples afresh")
+    add("--seed", type=_seed, help="another one samples afresh")
     add("--limit", type=_positive, help="only the first questions of each benchmark")
     add("--tensor-parallel", type=_positive, help="GPUs of one copy of the model; copies fill the GPUs that Ray sees")
     add("--out", type=Path, metavar="FOLDER", help="default: RUN/eval/step_N-seedS, or evals/NAME-seedS")
@@ -157,7 +167,9 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         default=list(OTHERS),
         help="what to compare with (default: all); write -- before overrides that follow",
     )
-    bench.add_argument("--vocabulary", type=int, help="use a tiny random model with this many tokens, e.g. 151936")
+    bench.add_argument(
+        "--vocabulary", type=_positive, help="use a tiny random model with this many tokens, e.g. 151936"
+    )
     instead = bench.add_mutually_exclusive_group()
     instead.add_argument(
         "--costs", type=Path, metavar="FOLDER", help="instead: cost of each part of ours as work grows, on the CPU"
@@ -169,8 +181,31 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+    return _whole(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    number = int(text) if text.isascii() and text.lstrip("-").isdecimal() and len(text) < 20 else least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more; got {one_line(text)[:40]}")
+    return number
+
+
+def _between(low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            span = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"must be a number, {span}; got {one_line(text)[:40]}")
+        return value
+
     return number
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.checkpoint.find import Checkpoint
+from cppo_verl.problems import ConfigError
 from cppo_verl.run.files import read_json
-from cppo_verl.run.folder import read_attempts, read_config
+from cppo_verl.run.folder import MANIFEST, read_attempts, read_config
 from cppo_verl.run.log import accuracies, read_metrics
 
 _UNKNOWN = "not known: this checkpoint lies in no run folder"
@@ -22,6 +24,14 @@ def model_card(checkpoint: Checkpoint) -> str:
     run = checkpoint.run
     if run is None or checkpoint.step is None:
         return _page(ModelCardData(library_name="transformers"), checkpoint.name, [f"Origin {_UNKNOWN}."])
+    try:
+        return _card_of(run, checkpoint.step)
+    except (AttributeError, IndexError, KeyError, TypeError, OmegaConfBaseException) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ConfigError(f"{run}: its config.yaml, {MANIFEST} or reports are damaged ({reason})") from None
+
+
+def _card_of(run: Path, step: int) -> str:
     config = read_config(run)
     base, in_hub = str(config.actor_rollout_ref.model.path), not Path(config.actor_rollout_ref.model.path).is_absolute()
     header = ModelCardData(
@@ -32,11 +42,11 @@ def model_card(checkpoint: Checkpoint) -> str:
         tags=["reinforcement-learning", "rlvr", "verl", str(config.method.name)],
     )
     name = f"{Path(base).name}, {config.method.name}" if in_hub else str(config.run.name)
-    name += f", step {checkpoint.step}"
+    name += f", step {step}"
     sections = [
-        _training(config, checkpoint.step),
-        _validation(run, checkpoint.step),
-        _evaluations(run, checkpoint.step),
+        _training(config, step),
+        _validation(run, step),
+        _evaluations(run, step),
     ]
     return _page(header, name, [*sections, _origin(run), _loading()])
 

@@ -68,8 +68,9 @@ def export(checkpoint: Checkpoint, out: Path | None, say: Callable[[str], None])
         raise CheckpointError(f"--out {out} exists: give a new folder")
     if checkpoint.backend is None and out is None:
         raise CheckpointError(f"{checkpoint.folder} is a Hugging Face folder already; give --out to copy it")
+    check_shards(checkpoint)
+    card = model_card(checkpoint)  # first: what it is made of may be damaged, and merging takes minutes
     folder = hugging_face_folder(checkpoint, say)
-    card = model_card(checkpoint)
     if out is not None:
         return _copy(folder, card, out)
     write_atomically(folder / "README.md", card)

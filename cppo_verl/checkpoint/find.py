@@ -1,5 +1,6 @@
 """The checkpoint that a person means: a hub id, a run folder, verl's ``global_step_N`` or a Hugging Face folder."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from cppo_verl.checkpoint import retention
 from cppo_verl.problems import ConfigError
-from cppo_verl.run.files import read_json
+from cppo_verl.run.files import DamagedFile, read_json
 from cppo_verl.run.folder import run_of
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -62,7 +63,7 @@ def find(text: str, revision: str | None = None, on_hub: bool = True) -> Checkpo
         CheckpointError: nothing usable is there.
         DamagedFile: what says whether it is complete cannot be read.
     """
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if not path.exists() and not on_hub:
         raise CheckpointError(f"{text} does not exist: give a run folder or one of its checkpoints/global_step_N")
     if not path.exists():
@@ -78,7 +79,7 @@ def find(text: str, revision: str | None = None, on_hub: bool = True) -> Checkpo
     if steps:
         path = retention.step_folder(path, steps[-1])
     elif (path / _LATEST).is_file():
-        path = path / f"global_step_{(path / _LATEST).read_text().strip()}"
+        path = path / f"global_step_{(path / _LATEST).read_text(errors='replace').strip()[:20]}"
     of_step = next((folder for folder in (path, *path.parents) if _STEP.fullmatch(folder.name)), None)
     step = int(of_step.name.removeprefix("global_step_")) if of_step else None
     if of_step:
@@ -135,7 +136,10 @@ def check_shards(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every rank's file of an FSDP checkpoint is there."""
     if checkpoint.backend != "fsdp":
         return
-    ranks = read_json(checkpoint.folder / "fsdp_config.json", "use another checkpoint", "world_size")["world_size"]
+    file, remedy = checkpoint.folder / "fsdp_config.json", "use another checkpoint"
+    ranks = read_json(file, remedy, "world_size")["world_size"]
+    if not isinstance(ranks, int) or ranks < 1:
+        raise DamagedFile(file, 1, "is damaged (world_size is no number of ranks)", remedy)
     names = [f"model_world_size_{ranks}_rank_{rank}.pt" for rank in range(ranks)]
     missing = [name for name in names if not (checkpoint.folder / name).is_file()]
     if missing:

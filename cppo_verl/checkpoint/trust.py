@@ -23,7 +23,8 @@ def check_trust(checkpoint: Checkpoint, config: DictConfig | None, trusted: bool
     folder, made_as = checkpoint.folder, None
     if checkpoint.run is not None:
         run = read_config(checkpoint.run).run
-        folder, made_as = checkpoint.run, f"{run.dir}/{run.name}"
+        folder = checkpoint.run
+        made_as = f"{run.dir}/{run.name}" if "dir" in run and "name" in run else None
     if reason := foreign(folder, made_as):
         raise CheckpointError(
             f"CHECKPOINT: {folder} {reason}, and using it runs code that comes with it ({', '.join(code)}); "

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
+from cppo_verl.checkpoint.find import has_weights
+from cppo_verl.config.rows import inspect_rows
+from cppo_verl.config.schema import shown
 from cppo_verl.problems import Problem, about
 
 
@@ -18,12 +22,9 @@ def check_model(config: DictConfig) -> Iterator[Problem]:
     if model.path is None:
         yield about("actor_rollout_ref.model.path", " is not set: give a Hugging Face folder or hub id")
         return
-    path = Path(model.path).expanduser()
+    path = Path(os.path.expanduser(model.path))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            yield about(
-                "actor_rollout_ref.model.path", f"={model.path} has no config.json: not a Hugging Face model folder"
-            )
+        yield from _check_model_folder(path)
     elif path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
         yield about("actor_rollout_ref.model.path", f"={model.path} does not exist", only_here=True)
     elif os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(model.path):
@@ -32,6 +33,24 @@ def check_model(config: DictConfig) -> Iterator[Problem]:
             f"={model.path} is not in the local hub cache, and HF_HUB_OFFLINE=1",
             only_here=True,
         )
+
+
+def _check_model_folder(path: Path) -> Iterator[Problem]:
+    """A configuration that can be read, and weights; whether those are whole: cppo doctor."""
+    key, file = "actor_rollout_ref.model.path", path / "config.json"
+    if not file.is_file():
+        yield about(key, f"={path} has no config.json: not a Hugging Face model folder")
+        return
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        yield about(key, f"={path}: its config.json cannot be read ({reason}); copy the model again")
+        return
+    if not isinstance(content, dict) or not content.get("model_type"):
+        yield about(key, f"={path}: its config.json names no model_type; give a Hugging Face model folder")
+    elif not has_weights(path):
+        yield about(key, f"={path} has no weights (*.safetensors or *.bin); copy the model again", only_here=True)
 
 
 def check_megatron(config: DictConfig) -> Iterator[Problem]:
@@ -62,6 +81,9 @@ def check_data(config: DictConfig) -> Iterator[Problem]:
         files = list(files) if isinstance(files, ListConfig) else [files]
         if not files:
             yield about(f"data.{key}", " is an empty list: give a parquet file or a list of them")
+        if wrong := [file for file in files if not isinstance(file, str) or not file]:
+            yield about(f"data.{key}", f"={shown(wrong[0])}: give a parquet file or a list of them")
+            continue
         rows, long = 0, 0
         for file in files:
             if "://" in str(file):  # a remote file system, which verl reads itself
@@ -73,6 +95,7 @@ def check_data(config: DictConfig) -> Iterator[Problem]:
                 absent = not Path(file).exists()
                 hint = "; cppo prepare makes data files" if absent else ""
                 yield Problem("data file", f"data.{key}: {file} {problem}{hint}", only_here=absent)
+                rows += 1 << 60  # how many there are is another question
             elif count < 1 << 60 and isinstance(needed, int):
                 long += _too_long(Path(file), config, needed)
         if rows and isinstance(needed, int) and rows < needed:
@@ -92,8 +115,10 @@ def _too_long(file: Path, config: DictConfig, enough: int) -> int:
         enough: shorter ones after which the rest is not looked at.
     """
     path = config.actor_rollout_ref.model.path
-    tokenizer_file = Path(path).expanduser() / "tokenizer.json" if path else None
+    tokenizer_file = Path(os.path.expanduser(path)) / "tokenizer.json" if path else None
     if tokenizer_file is None or not tokenizer_file.is_file() or not config.data.filter_overlong_prompts:
+        return 0
+    if config.data.max_prompt_length < 1:  # has been named
         return 0
     import pyarrow.parquet as parquet
     from tokenizers import Tokenizer
@@ -116,11 +141,15 @@ def _too_long(file: Path, config: DictConfig, enough: int) -> int:
 
 
 def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
-    """(what is wrong or None, number of rows) of one verl data file; only parquet is looked into."""
+    """(what is wrong or None, number of rows) of one verl data file; only parquet is looked into, every row of it."""
+    if path.is_dir():
+        return "is a folder; give the files in it", 0
     if not path.is_file():
         return "does not exist", 0
+    if path.suffix in (".json", ".jsonl"):
+        return None, 1 << 60  # verl's own loader reports what is wrong there
     if path.suffix != ".parquet":
-        return None, 1 << 60  # verl reads json too; its own loader reports what is wrong there
+        return "is none of .parquet, .json and .jsonl, which verl reads", 0
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -135,14 +164,9 @@ def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
         count = file.metadata.num_rows
         if not count:
             return "is empty", 0
-        first = next(file.iter_batches(batch_size=1)).to_pylist()[0]
+        return inspect_rows(file, prompt_key), count
     except (pyarrow.ArrowException, OSError) as error:
-        return f"is not a readable parquet file: {error}", 0
-    if not isinstance(first[prompt_key], list) or "content" not in (first[prompt_key][0] or {}):
-        return f"has a {prompt_key} that is not a list of chat messages with role and content", 0
-    if "ground_truth" not in (first["reward_model"] or {}):
-        return "has a reward_model without ground_truth", 0
-    return None, count
+        return f"is not a readable parquet file: {str(error).splitlines()[0]}", 0
 
 
 def check_reward(config: DictConfig) -> Iterator[Problem]:
@@ -180,7 +204,7 @@ def _check_reward_file(path: Path, name: str) -> Iterator[Problem]:
     try:
         text = path.read_text()
         ast.parse(text, str(path))
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         yield about("reward.custom_reward_function.path", f"={path} is not Python: {error}")
         return
     if not re.search(rf"\b{re.escape(name)}\b", text):

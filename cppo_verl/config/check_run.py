@@ -1,5 +1,6 @@
 """Whether the run can start or go on: its folder, its checkpoints, its loggers."""
 
+import importlib.util
 import netrc
 import os
 import re
@@ -10,18 +11,36 @@ from urllib.parse import urlsplit
 from omegaconf import DictConfig, OmegaConf
 
 from cppo_verl.checkpoint import retention
-from cppo_verl.config.check_settings import not_positive
 from cppo_verl.config.compose import run_folder
+from cppo_verl.config.schema import shown
 from cppo_verl.problems import Problem, about
 from cppo_verl.run.files import DamagedFile
 from cppo_verl.run.folder import CONFIG, read_config
+
+# What verl imports for a logger, after Ray has started.
+_PACKAGES = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "vemlp_wandb": "volcengine_ml_platform",
+    "clearml": "clearml",
+    "trackio": "trackio",
+    "rl_insight": "rl_insight",
+}
+# File systems take 255 bytes; names of files are made of it.
+_LONGEST_NAME = 200
 
 
 def check_run(config: DictConfig) -> Iterator[Problem]:
     """A new name, or a run that goes on as the experiment it was."""
     name, folder = str(config.run.name), run_folder(config)
-    if "/" in name or name in ("", ".", ".."):
-        yield about("run.name", f"={name}: a plain folder name is needed")
+    taken = next((path for path in (Path(config.run.dir), *Path(config.run.dir).parents) if path.is_file()), None)
+    if taken is not None:
+        yield about("run.dir", f"={taken} is a file: give a folder")
+        return
+    if "/" in name or name.strip() in ("", ".", "..") or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        yield about("run.name", f"={shown(name)}: a plain folder name is needed, of {_LONGEST_NAME} bytes at most")
     elif config.run.resume not in (True, False):
         yield about("run.resume", f"={config.run.resume}: use true, false or auto")
     elif not config.run.resume and _holds_a_run(folder):
@@ -34,17 +53,6 @@ def check_run(config: DictConfig) -> Iterator[Problem]:
         )
     elif config.run.resume:
         yield from _changed_since(folder / CONFIG, config)
-
-
-def check_stall(config: DictConfig) -> Iterator[Problem]:
-    """A time that can pass."""
-    minutes = config.run.stall_minutes
-    if minutes is None:
-        return
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf"):
-        yield about(
-            "run.stall_minutes", f"={minutes}: give minutes without progress that end the run, or null for never"
-        )
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -72,21 +80,9 @@ def _changed_since(stored_file: Path, config: DictConfig) -> Iterator[Problem]:
 
 def check_checkpoints(config: DictConfig) -> Iterator[Problem]:
     """That a run can be resumed from what it will write, and from what it is given."""
-    keep, trainer = config.trainer.max_actor_ckpt_to_keep, config.trainer
-    if keep is not None and not_positive(keep):
-        yield about(
-            "trainer.max_actor_ckpt_to_keep", f"={keep}: give the number of newest checkpoints to keep, or null for all"
-        )
+    trainer = config.trainer
     if trainer.get("remove_previous_ckpt_in_save", False):
         yield about("trainer.remove_previous_ckpt_in_save", "=true: use trainer.max_actor_ckpt_to_keep=1 instead")
-    steps = trainer.total_training_steps
-    if not_positive(steps):
-        yield about(
-            "trainer.total_training_steps", f"={steps}: give a number of steps, or null for trainer.total_epochs"
-        )
-    for key in ("save_freq", "test_freq"):
-        if not isinstance(trainer[key], int) and (trainer[key] is None or trainer[key] != steps):  # may be set by it
-            yield about(f"trainer.{key}", f"={trainer[key]}: give a number of steps, or -1 for never")
     parts = ("model", "optimizer", "extra")
     for key in ("save_contents", "load_contents"):
         contents = config.actor_rollout_ref.actor.checkpoint[key]
@@ -135,6 +131,11 @@ def check_logger(config: DictConfig) -> Iterator[Problem]:
             "trainer.logger",
             "=file: every resume empties verl's file; the run folder's metrics.jsonl has the same names",
         )
+    for name, package in _PACKAGES.items():
+        if name in loggers and importlib.util.find_spec(package) is None:
+            yield about(
+                "trainer.logger", f" has {name}, but the package {package} is not installed; install or drop it"
+            )
     if "wandb" in loggers and not wandb_can_start():
         yield Problem(
             "wandb login",

@@ -17,6 +17,3 @@ def check_secrets(config: DictConfig) -> Iterator[Problem]:
             ": a secret would stand in config.yaml, logs and trackers; leave the setting out, set a variable in the "
             "environment of this command, and for a running Ray cluster name it in run.private_variables",
         )
-    for name in config.run.private_variables or ():
-        if not str(name).isidentifier():
-            yield about("run.private_variables", " holds something that is no variable's name: give names, not values")

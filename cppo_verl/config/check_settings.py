@@ -1,8 +1,8 @@
 """Whether the method, the divergence, verl's modes, the rollout and the engine fit each other."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -17,11 +17,16 @@ def check_method(config: DictConfig) -> Iterator[Problem]:
     """The method's class, its fields and their types, its own checks; KL thresholds on a total variation."""
     settings = {name: value for name, value in config.method.items() if name != "_target_"}
     target = config.method.get("_target_")
+    log = logging.getLogger("hydra.utils")
+    log.disabled = True  # it would say the same in other words
     try:
         method = get_class(str(target))
     except Exception as error:  # of the module, which may be anybody's
-        yield about("method._target_", f"={target} cannot be imported: {str(error).splitlines()[0]}")
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        yield about("method._target_", f"={target} cannot be imported: {reason}")
         return
+    finally:
+        log.disabled = False
     if not is_dataclass(method):
         yield about("method._target_", f"={target} is not a dataclass of settings (docs/adding_a_method.md)")
         return
@@ -58,7 +63,7 @@ def check_divergence(config: DictConfig) -> Iterator[Problem]:
     instead = "or choose divergence=binary_tv, which does not look at the logits"
     actor, model, rollout = (config.actor_rollout_ref[part] for part in ("actor", "model", "rollout"))
     vocabulary = model_folder.shape(model.path).get("vocab_size")
-    if vocabulary is not None and k > vocabulary:
+    if isinstance(vocabulary, int) and k > vocabulary:
         yield about(
             "divergence.k", f"={k}: the vocabulary of actor_rollout_ref.model.path has only {vocabulary} tokens"
         )
@@ -142,9 +147,13 @@ def check_rollout(config: DictConfig) -> Iterator[Problem]:
             "actor_rollout_ref.rollout.agent.default_agent_loop",
             f"={rollout.agent.default_agent_loop}: only cppo_single_turn asks for what the trust region needs",
         )
-    if not_positive(rollout.n) or rollout.n is None or rollout.n < 2:
+    # Shorter than the longest prompt alone it may do, where the data's prompts are short; the dry run warns.
+    length, sizes = rollout.max_model_len, (config.data.max_prompt_length, config.data.max_response_length)
+    if length is not None and length <= min(sizes):
         yield about(
-            "actor_rollout_ref.rollout.n", f"={rollout.n}: a group of one has no relative advantage; use 2 or more"
+            "actor_rollout_ref.rollout.max_model_len",
+            f"={length} holds neither a prompt of {sizes[0]} tokens (data.max_prompt_length) nor a response of "
+            f"{sizes[1]} (data.max_response_length); give their sum, or null",
         )
 
 
@@ -173,20 +182,6 @@ def check_engine(config: DictConfig) -> Iterator[Problem]:
     if on_cpu and actor.strategy != "fsdp2":
         yield about("actor_rollout_ref.actor.strategy", f"={actor.strategy}: on the CPU only fsdp2 runs")
     yield from _check_log_probs(config)
-    sizes = {
-        "data.train_batch_size": config.data.train_batch_size,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": actor.ppo_mini_batch_size,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": actor.ppo_micro_batch_size_per_gpu,
-    }
-    optional = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-    wrong = [
-        about(name, f" must be a positive number; got {size}")
-        for name, size in sizes.items()
-        if not_positive(size) or (size is None and name != optional)
-    ]
-    if wrong:
-        yield from wrong
-        return
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         yield about(
             "data.train_batch_size",
@@ -212,11 +207,6 @@ def _check_log_probs(config: DictConfig) -> Iterator[Problem]:
             f"={temperature}: verl's fused kernels (impl_backend={backend}) divide bfloat16 logits by it; use 1.0, "
             "or actor_rollout_ref.model.use_fused_kernels=false",
         )
-
-
-def not_positive(size: Any) -> bool:
-    """A value that is set, and no count of 1 or more."""
-    return size is not None and (not isinstance(size, int) or size < 1)
 
 
 def _check_micro_batch(config: DictConfig) -> Iterator[Problem]:

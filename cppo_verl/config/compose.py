@@ -1,14 +1,17 @@
 """Composing the configuration of ``cppo train`` from configs/, verl's own defaults and the command line."""
 
 import importlib.util
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +23,14 @@ from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.machine import has_gpu
 
 GROUPS = ("method", "divergence", "platform", "recipe")
+_LONGEST_REASON = 400  # characters
+# What is looked into before the settings in it are checked.
+_NODES = (
+    *("run", "data", "method", "divergence", "thresholds", "algorithm", "algorithm.rollout_correction"),
+    *("actor_rollout_ref", "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"),
+    "actor_rollout_ref.rollout.checkpoint_engine",
+    *("reward", "reward.custom_reward_function", "trainer", "ray_kwargs", "ray_kwargs.ray_init"),
+)
 
 
 def config_dir() -> Path:
@@ -31,6 +42,7 @@ def config_dir() -> Path:
 def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose ``configs/train.yaml`` with command-line overrides. Raises ConfigError with Hydra's reason."""
     for override in overrides:
+        _check_word(override)
         _check_choice(override)
     chosen = list(overrides)
     if not any(override.startswith("platform=") for override in overrides):
@@ -43,11 +55,22 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
             config = hydra_compose("train", overrides=chosen)
+        _check_nodes(config)
         _fill_in_run(config)
-    except (HydraException, OmegaConfBaseException) as error:
+        OmegaConf.to_container(config, resolve=True)  # what refers to a setting that there is not
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         unknown = re.match(r"Could not override '([^']+)'", str(error))
-        raise ConfigError(_no_such_setting(unknown[1], chosen) if unknown else str(error)) from None
+        raise ConfigError(_no_such_setting(unknown[1], chosen) if unknown else _reason(error)) from None
     return config
+
+
+def _reason(error: Exception) -> str:
+    """Hydra's or omegaconf's, in one line, without what is of use to their authors only."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("object_type=", "reference_type=", "See https"))]
+    return "; ".join(kept)[:_LONGEST_REASON]
 
 
 def _no_such_setting(key: str, overrides: Sequence[str]) -> str:
@@ -89,12 +112,30 @@ def run_folder(config: DictConfig) -> Path:
     return Path(config.run.dir) / str(config.run.name)
 
 
-def _check_choice(override: str) -> None:
-    group, separator, value = override.partition("=")
-    if group.lstrip("+") == "hydra.searchpath":
+def _check_word(override: str) -> None:
+    """One word in Hydra's grammar, whose own messages do not name it."""
+    shown = override if len(override) < 80 else f"{override[:80]}..."
+    if not re.match(r"\+{0,2}[A-Za-z_][^=]*=|~[A-Za-z_]", override):
+        raise ConfigError(f"'{shown}' is no setting: give NAME=VALUE, e.g. method=dppo")
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError, RecursionError) as error:
+        raise ConfigError(f"{shown}: {_reason(error)}; quote what is no plain value: \"NAME='...'\"") from None
+    is_group = any((folder / parsed.key_or_group).is_dir() for folder in (config_dir(), verl_config_dir()))
+    if is_group and parsed.key_or_group not in GROUPS and not isinstance(parsed.value(), str | list | dict):
+        raise ConfigError(f"{shown}: it holds settings; give them as {parsed.key_or_group}.NAME=VALUE")
+    if parsed.key_or_group == "hydra.searchpath":
         raise ConfigError(
             "hydra.searchpath: the path to verl's settings stands there; give a file's settings as overrides"
         )
+    if parsed.key_or_group.partition(".")[0] == "hydra":
+        raise ConfigError(
+            f"{shown}: Hydra's own settings decide nothing here; run.dir and run.name say where a run is written"
+        )
+
+
+def _check_choice(override: str) -> None:
+    group, separator, value = override.partition("=")
     if separator and group in GROUPS and value not in choices(group):
         raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(choices(group))}")
 
@@ -106,11 +147,21 @@ def verl_config_dir() -> Path:
     return Path(spec.origin).parent / "trainer" / "config"
 
 
+def _check_nodes(config: DictConfig) -> None:
+    for name in _NODES:
+        node = OmegaConf.select(config, name)
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{name}={node}: it holds settings; give them as {name}.NAME=VALUE")
+
+
 def _fill_in_run(config: DictConfig) -> None:
-    """Absolute folders (Ray workers may start elsewhere), a default name, and verl's resume keys."""
-    if not isinstance(config.run.dir, str):
+    """Absolute folders (Ray workers may start elsewhere), a default name, and verl's resume keys.
+
+    Values of another type are left for the checks to name.
+    """
+    if not isinstance(config.run.dir, str) or not config.run.dir.strip():
         raise ConfigError(f"run.dir={config.run.dir}: give a folder")
-    config.run.dir = str(Path(config.run.dir).expanduser().absolute())
+    config.run.dir = str(Path(os.path.expanduser(config.run.dir)).absolute())
     if config.run.name is None:
         config.run.name = f"{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if config.run.resume == "auto":
@@ -120,28 +171,31 @@ def _fill_in_run(config: DictConfig) -> None:
         trainer.default_local_dir = _absolute(trainer.default_local_dir)
     if trainer.resume_mode == "auto":  # verl would take the folder that it began last, complete or not
         trainer.resume_mode = "disable"
-    steps = retention.complete_steps(trainer.default_local_dir) if config.run.resume else []
+    own = trainer.default_local_dir
+    steps = retention.complete_steps(own) if config.run.resume and isinstance(own, str) else []
     if steps and trainer.resume_mode == "disable":
         trainer.resume_mode = "resume_path"
         trainer.resume_from_path = str(retention.step_folder(trainer.default_local_dir, steps[-1]))
     if isinstance(trainer.resume_from_path, str):
-        trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/")
+        trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/") or "/"
     model, engine = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.checkpoint_engine
-    if model.path is not None and Path(model.path).expanduser().exists():
-        model.path = str(Path(model.path).expanduser().absolute())
+    if isinstance(model.path, str) and os.path.exists(os.path.expanduser(model.path)):
+        model.path = str(Path(os.path.expanduser(model.path)).absolute())
     if engine.update_weights_bucket_megabytes is None:
         least = 16 if trainer.device == "cpu" else 2048
         engine.update_weights_bucket_megabytes = max(least, -(-model_folder.largest_tensor(model.path) // 2**20))
     reward = config.reward.custom_reward_function
-    if reward.path is not None and not reward.path.startswith("pkg://"):
+    if isinstance(reward.path, str) and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)
     for key in ("train_files", "val_files"):
         files = config.data[key]
         if isinstance(files, ListConfig):
             config.data[key] = [_absolute(file) for file in files]
-        elif files is not None:
+        elif isinstance(files, str):
             config.data[key] = _absolute(files)
 
 
-def _absolute(file: str) -> str:
-    return file if "://" in file else str(Path(file).expanduser().absolute())
+def _absolute(file: Any) -> Any:
+    if not isinstance(file, str) or "://" in file:
+        return file
+    return str(Path(os.path.expanduser(file)).absolute())

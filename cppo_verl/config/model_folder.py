@@ -1,18 +1,18 @@
 """What a local model folder's ``config.json`` tells before anything is loaded."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 
 def shape(path: str | None) -> dict[str, Any]:
     """The folder's config.json; empty where there is none that can be read (a hub id, for one)."""
-    file = Path(path).expanduser() / "config.json" if isinstance(path, str) else None
-    if file is None or not file.is_file():
+    if not isinstance(path, str):
         return {}
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
+        found = json.loads(Path(os.path.expanduser(path), "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

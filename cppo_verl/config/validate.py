@@ -7,6 +7,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.adapters import compat
 from cppo_verl.config import check_files, check_kept, check_machine, check_run, check_secrets, check_settings
+from cppo_verl.config.schema import check_schema
 from cppo_verl.problems import ConfigError, Problem
 
 
@@ -16,13 +17,17 @@ def validate(config: DictConfig, planned: bool = False) -> list[Problem]:
     Args:
         planned: the run is for another machine; files that are absent here are returned instead.
     """
-    problems: list[Problem] = []
+    problems = list(check_schema(config))
+    blamed = {problem.key for problem in problems}
     for check in _CHECKS:
         try:
-            problems += check(config)
-        except (OmegaConfBaseException, TypeError) as error:  # a value of a type that cannot be compared, e.g. null
-            text = f"a setting has a value of the wrong type: {str(error).splitlines()[0]}"
-            problems.append(Problem(getattr(error, "full_key", None) or "settings", text))
+            for problem in check(config):
+                problems += [problem] if problem.key not in blamed else []
+        except (OmegaConfBaseException, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            if not blamed:  # else the value that could not be compared or divided by has been named
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                text = f"a setting has a value of the wrong type: {reason}"
+                problems.append(Problem(getattr(error, "full_key", None) or "settings", text))
     problems = list(dict.fromkeys(problems))
     refusing = [problem for problem in problems if not (planned and problem.only_here)]
     if refusing:
@@ -51,7 +56,6 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[Problem]], ...] = (
     check_files.check_data,
     check_files.check_reward,
     check_run.check_run,
-    check_run.check_stall,
     check_run.check_checkpoints,
     check_kept.check_owner,
     check_kept.check_earlier_attempts,

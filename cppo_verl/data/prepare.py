@@ -13,7 +13,7 @@ from typing import Any
 from cppo_verl.data.sources import DataError, MathProblem, load
 from cppo_verl.grading.exact import number
 from cppo_verl.grading.normalize import clean
-from cppo_verl.run.files import read_json, replacing, write_atomically
+from cppo_verl.run.files import DamagedFile, read_json, replacing, write_atomically
 
 TEMPLATES = {
     # Qwen's own instruction; the grader reads the last box.
@@ -175,8 +175,10 @@ class Request:
 def parse_request(text: str) -> Request:
     """``NAME`` or ``NAME=FILE_OR_REPOSITORY``."""
     name, _, source = text.partition("=")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise DataError(f"{text}: give NAME or NAME=FILE, with a name of letters, digits, '-', '_' and '.'")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise DataError(
+            f"{text[:100]}: give NAME or NAME=FILE, with a name of at most 100 letters, digits, '-', '_' and '.'"
+        )
     return Request(name, source or None)
 
 
@@ -198,10 +200,13 @@ def prepare(
     names = [request.name for request in (*train, *held_out)]
     if len(set(names)) < len(names):
         raise DataError(f"a name is given twice: {', '.join(names)}")
+    if not names:
+        raise DataError("nothing to prepare: give --train SET or --eval SET")
     say = progress or (lambda text: None)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file: give a folder")
     manifest = out / "manifest.json"
-    remedy = "give a folder of data sets, or a new one, as --out"
-    known = read_json(manifest, remedy, "sets")["sets"] if manifest.exists() else {}
+    known = _known_sets(manifest)  # before the work: it may be damaged
     out.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {}
     evaluation: dict[str, list[MathProblem]] = {}
@@ -221,6 +226,16 @@ def prepare(
     content = {"sets": {**known, **entries}}
     write_atomically(manifest, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return {"sets": entries}
+
+
+def _known_sets(manifest: Path) -> dict[str, Any]:
+    if not manifest.exists():
+        return {}
+    remedy = "give a folder of data sets, or a new one, as --out"
+    sets = read_json(manifest, remedy, "sets")["sets"]
+    if not isinstance(sets, dict):
+        raise DamagedFile(manifest, 1, "is damaged (sets is no object)", remedy)
+    return sets
 
 
 def _one_set(

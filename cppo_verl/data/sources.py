@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
+from cppo_verl.grading.extract import final_answer
+from cppo_verl.grading.normalize import MAX_LENGTH
 from cppo_verl.problems import ConfigError
 
 
@@ -79,7 +82,7 @@ def load(name: str, source: str | None = None, revision: str | None = None) -> L
 
 def _load_file(name: str, path: Path) -> Loaded:
     if not path.is_file():
-        raise DataError(f"{name}: {path} does not exist")
+        raise DataError(f"{name}: {path} {'is a folder; give a file' if path.is_dir() else 'does not exist'}")
     records = _readable(name, path, _parquet(path) if path.suffix == ".parquet" else _json_lines(path))
     return Loaded(_problems(name, path, records, _PROBLEM_COLUMNS, _ANSWER_COLUMNS), {"file": path.name})
 
@@ -97,7 +100,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"line {number}: {error}") from None
                 if not isinstance(record, dict):
                     raise ValueError(f"line {number} is not a JSON object")
@@ -149,7 +152,12 @@ def _column(name: str, origin: object, record: dict[str, Any], candidates: tuple
     for candidate in candidates:
         if _value(record, candidate) is not None:
             return candidate
-    raise DataError(f"{name}: {origin} has none of the columns {', '.join(candidates)} (it has {', '.join(record)})")
+    raise DataError(f"{name}: {origin} has none of the columns {', '.join(candidates)} (it has {_listed(record)})")
+
+
+def _listed(record: dict[str, Any], most: int = 10) -> str:
+    names = [name[:40] for name in record]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _value(record: dict[str, Any], column: str) -> Any:
@@ -167,15 +175,36 @@ def _problems(
         raise DataError(f"{name}: {origin} is empty")
     problem, answer = (_column(name, origin, first, names) for names in (problems, answers))
     for number, record in enumerate(chain([first], records)):
+        row = f"{name}: {origin}: row {number + 1}"
         text, gold = _value(record, problem), _value(record, answer)
         if isinstance(text, list):  # chat messages, as verl's own files have them
-            text = "\n".join(str(message.get("content", "")) for message in text if message.get("role") == "user")
+            if not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in text):
+                raise DataError(f"{row} has a {problem} that is no list of chat messages with role and content")
+            text = "\n".join(message["content"] for message in text if message.get("role") == "user")
         if not str(text or "").strip() or not str("" if gold is None else gold).strip():
             column = answer if str(text or "").strip() else problem
             lacks = "an empty" if _value(record, column) is not None else "no"
             raise DataError(
-                f"{name}: {origin}: row {number + 1} has {lacks} {column} (it has {', '.join(record)}); "
+                f"{row} has {lacks} {column} (it has {_listed(record)}); "
                 f"all rows are read by the first one's columns, {problem} and {answer}"
             )
         own = record.get("id")
-        yield MathProblem(f"{name}-{number}" if own is None else str(own), str(text), str(gold))
+        found = MathProblem(f"{name}-{number}" if own is None else str(own), str(text), str(gold))
+        if wrong := _unusable(found, text, gold):
+            raise DataError(f"{row} has {wrong[0].format(problem=problem, answer=answer)}; {wrong[1]}")
+        yield found
+
+
+def _unusable(row: MathProblem, text: Any, gold: Any) -> tuple[str, str] | None:
+    """(what is wrong, what to do) of a row that no response could be right on, or that cannot be written."""
+    if not isinstance(text, str):
+        return "a {problem} that is not text", "give the problem as text"
+    if not isinstance(gold, str | Number) or isinstance(gold, bool) or gold != gold:
+        return "an {answer} that is neither text nor a number", "give one answer as text"
+    if len(final_answer(row.answer) or row.answer) > MAX_LENGTH:
+        return f"an {{answer}} of over {MAX_LENGTH} characters", "the grader takes none; give the final answer alone"
+    try:
+        "".join(asdict(row).values()).encode()
+    except UnicodeEncodeError:
+        return "a lone surrogate (\\ud800 to \\udfff) in it", "write its text as UTF-8"
+    return None

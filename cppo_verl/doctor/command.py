@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from cppo_verl.doctor import files, machine
 from cppo_verl.doctor.findings import Finding, Subject, fail, ok, readable, skip, warn
+from cppo_verl.run.terminal import one_line, say
 
 # Seconds for a check in this process: a file system that hangs, a hub that does not answer.
 LIMIT = 30.0
@@ -46,18 +47,19 @@ def doctor(overrides: Sequence[str], ray: bool, as_json: bool) -> int:
     def show(name: str, finding: Finding) -> None:
         counts[finding.status] += 1
         if as_json:
-            print(json.dumps({"check": name, **finding._asdict()}), flush=True)
+            say(json.dumps({"check": name, **finding._asdict()}))
             return
-        print(f"{finding.status:<5} {name:<11} {finding.found}", flush=True)
+        say(f"{finding.status:<5} {name:<11} {finding.found}")
         if finding.remedy:
-            print(f"{'':<17} -> {finding.remedy}", flush=True)
+            say(f"{'':<17} -> {finding.remedy}")
 
     subject, chosen = None, [check for check in CHECKS if ray or check.name != "Ray"]
     try:
         subject = _subject(overrides)
     except Exception as error:
         if overrides and _composes():
-            print(f"cppo doctor: {error}", file=sys.stderr)
+            for line in str(error).split("\n"):
+                say(one_line(f"cppo doctor: {line}"), sys.stderr)
             return 2
         show("settings", fail(f"none can be composed: {_short(error)}; only the machine is examined", _SETUP))
         chosen = [check for check in chosen if check.bare]
@@ -65,7 +67,7 @@ def doctor(overrides: Sequence[str], ray: bool, as_json: bool) -> int:
         for finding in findings(check, subject):
             show(check.name, finding)
     if not as_json:
-        print(", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "FAIL", "skip")))
+        say(", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "FAIL", "skip")))
     return 1 if counts["FAIL"] else 0
 
 
@@ -161,7 +163,7 @@ def _follow(process: "subprocess.Popen[bytes]", folder: Path) -> Iterator[Findin
                 yield Finding(event["status"], event["found"], event["remedy"])
                 continue
             doing, remedy, deadline = event["what"], event["remedy"], time.monotonic() + event["limit"]
-            print(f"...   waiting for {doing} ({event['limit']} s at most)", file=sys.stderr, flush=True)
+            say(f"...   waiting for {doing} ({event['limit']} s at most)", sys.stderr)
         seen = len(events)
         if ended:
             break

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from cppo_verl.checkpoint.export import hugging_face_folder
 from cppo_verl.checkpoint.find import Checkpoint, checkpoints_of, find
 from cppo_verl.checkpoint.trust import OWN_REWARD, check_trust
@@ -31,9 +29,10 @@ from cppo_verl.run.folder import foreign
 from cppo_verl.run.log import EVENTS
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import INTERRUPTED, RUN_FOLDER, locked, process_environment, supervise
+from cppo_verl.run.terminal import console
 
 # A file or a pipe has no width: tables are printed whole.
-_console = Console(highlight=False) if Console().is_terminal else Console(highlight=False, width=140)
+_console = console() if console().is_terminal else console(width=140)
 
 
 def _say(text: str) -> None:

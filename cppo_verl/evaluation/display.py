@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cppo_verl.evaluation.samples import Evaluation
 from cppo_verl.run.failure import Failure
+from cppo_verl.run.terminal import plain
 
 
 class SamplingDisplay:
@@ -21,7 +22,7 @@ class SamplingDisplay:
         self.evaluation, self.log_file, self.console = evaluation, log_file, console
         self.failure = Failure(log_file)
         self.started = self.printed = time.time()
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task("starting", total=self.total, completed=len(self.verdicts))
@@ -46,7 +47,7 @@ class SamplingDisplay:
         self.failure.note(event)
         self.printed = time.time()
         if event["event"] not in ("failed", "finished"):
-            self.progress.update(self.task, description=event["event"])
+            self.progress.update(self.task, description=plain(event["event"]))
             if not self.console.is_terminal:
                 self.console.print(f"{time.time() - self.started:6.0f} s  {event['event']}")
 

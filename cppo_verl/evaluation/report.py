@@ -213,5 +213,6 @@ def write_report(evaluation: Evaluation) -> dict[str, Any]:
     """``report.json`` and ``report.md`` in the evaluation's folder; returns the numbers."""
     report = summarize(evaluation)
     write_atomically(evaluation.folder / "report.json", json.dumps(report, indent=2) + "\n")
-    write_atomically(evaluation.folder / "report.md", markdown(report))
+    page = markdown(report).encode(errors="backslashreplace").decode()
+    write_atomically(evaluation.folder / "report.md", page)
     return report

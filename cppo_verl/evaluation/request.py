@@ -14,9 +14,12 @@ from cppo_verl.checkpoint.find import Checkpoint
 from cppo_verl.config.compose import compose
 from cppo_verl.data.sources import AIME
 from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, content_hashes
-from cppo_verl.run.files import read_json, write_atomically, write_lines
-from cppo_verl.run.folder import MANIFEST, read_config
+from cppo_verl.run.files import DamagedFile, read_json, write_atomically, write_lines
+from cppo_verl.run.folder import CONFIG, COPY_BACK, MANIFEST, read_config
 from cppo_verl.run.machine import has_gpu
+
+# What is read of a run's configuration.
+_READ = ("data", "reward.custom_reward_function", "actor_rollout_ref.model", "actor_rollout_ref.rollout.val_kwargs")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,11 @@ def run_config(checkpoint: Checkpoint) -> DictConfig:
     """How the checkpoint's run was validated; our defaults for a model that belongs to no run."""
     if checkpoint.run is None:
         return compose([])
-    return read_config(checkpoint.run)
+    config = read_config(checkpoint.run)
+    for name in _READ:
+        if not isinstance(OmegaConf.select(config, name), DictConfig):
+            raise DamagedFile(checkpoint.run / CONFIG, 1, f"lacks {name}", COPY_BACK)
+    return config
 
 
 def data_files(options: Options, config: DictConfig) -> list[Path]:
@@ -73,7 +80,7 @@ def data_files(options: Options, config: DictConfig) -> list[Path]:
 
 def folder_of(checkpoint: Checkpoint, options: Options) -> Path:
     if options.out:
-        return options.out.expanduser().absolute()
+        return Path(os.path.expanduser(options.out)).absolute()
     root = checkpoint.run / "eval" if checkpoint.run else Path("evals").absolute()
     return root / f"{checkpoint.name}-seed{options.seed}"
 
@@ -127,7 +134,11 @@ def _template_hash(model: Path, config: DictConfig) -> str:
     from transformers import AutoTokenizer
 
     remote_code = bool(config.actor_rollout_ref.model.get("trust_remote_code", False))
-    template = AutoTokenizer.from_pretrained(model, trust_remote_code=remote_code).chat_template
+    try:
+        template = AutoTokenizer.from_pretrained(model, trust_remote_code=remote_code).chat_template
+    except Exception as error:  # of whatever kind a damaged file leads to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EvaluationError(f"{model}: its tokenizer cannot be loaded ({reason}); copy the model again") from None
     if not template:
         raise EvaluationError(f"{model} has no chat template, which turns a problem into a prompt")
     return hashlib.sha256(str(template).encode()).hexdigest()
@@ -155,7 +166,7 @@ def engine_arguments(model: Path, parallel: int, config: DictConfig) -> dict[str
 def check_length(model: Path, max_tokens: int) -> None:
     config = read_json(model / "config.json", "copy the model again")
     limit = config.get("max_position_embeddings")
-    if limit is not None and not config.get("rope_scaling") and max_tokens >= limit:
+    if isinstance(limit, int) and not config.get("rope_scaling") and max_tokens >= limit:
         raise EvaluationError(
             f"--max-tokens {max_tokens} leaves no room for a prompt: the model has {limit} positions "
             "(max_position_embeddings); give a smaller one"

@@ -7,22 +7,21 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from cppo_verl.checkpoint.trust import OWN_REWARD
+from cppo_verl.evaluation.records import read_manifest, read_records
 from cppo_verl.grading import OUTCOMES, compute_score
 from cppo_verl.grading.reward import grade_row
 from cppo_verl.problems import ConfigError
-from cppo_verl.run.files import DamagedFile, numbered_lines, read_json, write_lines
+from cppo_verl.run.files import DamagedFile, write_lines
 from cppo_verl.run.folder import MANIFEST
-
-Record = TypeVar("Record")
 
 _log = logging.getLogger(__name__)
 
@@ -157,18 +156,23 @@ class Evaluation:
         if not (folder / MANIFEST).is_file() or not (folder / QUESTIONS).is_file():
             raise EvaluationError(f"{folder} is not an evaluation: it has no {MANIFEST} and {QUESTIONS} (cppo eval)")
         again = f"put a copy back, or move {folder} away and evaluate again"
-        manifest = read_json(folder / MANIFEST, again, "settings", "attempts")
-        questions = list(_records(folder / QUESTIONS, Question, again))
-        if content_hashes(questions) != manifest["settings"].get("questions"):
+        manifest = read_manifest(folder / MANIFEST, again)
+        questions = read_records(folder / QUESTIONS, Question, again)
+        if not questions:
+            raise DamagedFile(folder / QUESTIONS, 1, "is empty", again)
+        if content_hashes(questions) != manifest["settings"]["questions"]:
             raise DamagedFile(
                 folder / QUESTIONS,
                 len(questions),
                 f"is cut off: these are not all questions that {MANIFEST} names",
                 again,
             )
-        path = folder / SAMPLES
-        # A sample that is lost is made again by the same command.
-        samples = _records(path, Sample, "delete that line, then continue with cppo eval") if path.exists() else ()
+        path, remedy = folder / SAMPLES, "delete that line, then continue with cppo eval"  # it is made again
+        samples = read_records(path, Sample, remedy) if path.exists() else []
+        asked = {(question.benchmark, question.id) for question in questions}
+        for number, sample in enumerate(samples, 1):
+            if (sample.benchmark, sample.question) not in asked or sample.outcome not in OUTCOMES:
+                raise DamagedFile(path, number, "names a question or outcome that there is not", remedy)
         by_key = {(sample.benchmark, sample.question, sample.sample): sample for sample in samples}
         return cls(folder, manifest, questions, by_key)
 
@@ -223,11 +227,3 @@ class Evaluation:
         changed = sum(old.outcome != new.outcome for old, new in zip(samples, graded, strict=True))
         self.samples.update({(new.benchmark, new.question, new.sample): new for new in graded})
         return changed
-
-
-def _records(path: Path, kind: type[Record], remedy: str) -> Iterator[Record]:
-    for number, line in numbered_lines(path):
-        try:
-            yield kind(**line)
-        except TypeError:
-            raise DamagedFile(path, number, f"is no {kind.__name__.lower()} of an evaluation", remedy) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from cppo_verl.grading.normalize import split_percent, strip_unit
+from cppo_verl.grading.normalize import MAX_LENGTH, split_percent, strip_unit
 
 _GROUPS = r"[0-9]{1,3}(?:(?P<mark>[ ,])[0-9]{3})(?:(?P=mark)[0-9]{3})*"
 _DECIMAL = re.compile(
@@ -13,7 +13,7 @@ _DECIMAL = re.compile(
 )
 _FRACTION = re.compile(
     r"(?:(?P<whole>[0-9]+)(?:\s*(?=\\frac)|\s+))?"
-    r"(?:\\frac\s*\{\s*(?P<minus>-?)\s*(?P<top>[0-9]+)\s*\}\s*\{\s*(?P<bottom>[0-9]+)\s*\}"
+    r"(?:\\frac\s*\{\s*(?:(?P<minus>-)\s*)?(?P<top>[0-9]+)\s*\}\s*\{\s*(?P<bottom>[0-9]+)\s*\}"
     r"|(?P<slash_top>[0-9]+)\s*/\s*(?P<slash_bottom>[0-9]+))"
 )
 _BASE = re.compile(r"([0-9]+)_\{?([0-9]+)\}?")
@@ -23,8 +23,10 @@ def number(text: str) -> Fraction | None:
     """The exact value of a plain number in a cleaned text: integer, decimal, fraction or mixed number, maybe a percent.
 
     A percent is its hundredth. Zero-padding and thousands marks are read; `0.333` is 333/1000, not 1/3. None for
-    anything that needs algebra, and for numbers in a stated base (see `based_digits`).
+    anything that needs algebra, for numbers in a stated base (see `based_digits`), and for over MAX_LENGTH characters.
     """
+    if len(text) > MAX_LENGTH:
+        return None
     text, percent = split_percent(text)
     text = strip_unit(text) if percent else text
     negative = text.startswith("-")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+from cppo_verl.grading.normalize import BOX
+
 # Escaped characters are consumed as one token, so that `\{` and `\}` are not counted as braces. The doubled backslash
 # of a response that went through JSON is taken as one.
-_BRACES = re.compile(r"(?P<box>\\{1,2}boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+_BRACES = re.compile(rf"(?P<box>\\?{BOX})|\\.|(?P<open>\{{)|(?P<close>\}})", re.DOTALL)
 
 # A line that starts with "Answer:", with the Markdown that models put around it: `**Answer:** 34`, `### Answer: 34`.
 # One character class per run: nested repetitions take exponential time on a line of stars.

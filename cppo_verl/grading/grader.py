@@ -9,7 +9,16 @@ from typing import Literal, NamedTuple, get_args
 
 from cppo_verl.grading.exact import based_digits, number
 from cppo_verl.grading.extract import final_answer
-from cppo_verl.grading.normalize import clean, has_digit_gap, is_plural, split_chain, split_percent, too_complex
+from cppo_verl.grading.normalize import (
+    MAX_LENGTH,
+    clean,
+    has_digit_gap,
+    is_plural,
+    split_chain,
+    split_percent,
+    too_complex,
+    without_set_of_one,
+)
 from cppo_verl.grading.pool import WorkerTimeout, ask
 
 Outcome = Literal["right", "wrong", "no_answer", "timeout", "error"]
@@ -18,7 +27,6 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _log = logging.getLogger(__name__)
 _WORD = re.compile(r"[A-Za-z]{2,}(?:[ -][A-Za-z]+)*")
 _NAME = re.compile(r"[A-Za-z]+(?:_\{?\w+\}?)?'*(?:\([A-Za-z]\))?")
-_TUPLE = re.compile(r"[(\[].*,.*[)\]]", re.DOTALL)  # an interval, a point, a union of intervals
 _LETTERS = re.compile(r"[A-Za-z() ]+")
 
 
@@ -59,9 +67,14 @@ def grade(response: object, gold: object, *, answer_line: bool = False, timeout:
 def _outcome(answer: str, gold: str, timeout: float) -> Outcome:
     if too_complex(answer):
         return "error"
-    text, truth = clean(answer), clean(final_answer(gold) or gold)  # some golds are whole solutions with a box
+    stated = final_answer(gold) or gold  # some golds are whole solutions with a box
+    if len(stated) > MAX_LENGTH:
+        raise ValueError(f"the gold answer is longer than {MAX_LENGTH} characters")
+    text, truth = clean(answer), clean(stated)
     if not truth:
         raise ValueError("the gold answer is empty")
+    if not is_plural(truth):
+        text = without_set_of_one(text)
     if not text:
         return "no_answer"
     verdict = _without_algebra(text, truth, gold)
@@ -90,7 +103,7 @@ def _without_algebra(text: str, truth: str, gold: str) -> bool | None:
     if has_digit_gap(text) or (is_plural(text) and not is_plural(truth)):
         return False
     # Comparing a set or a point with one value, or a letter with a number, is what algebra takes longest for.
-    if (_TUPLE.fullmatch(truth) and not is_plural(text)) or (truth_value is not None and _LETTERS.fullmatch(text)):
+    if (_is_tuple(truth) and not is_plural(text)) or (truth_value is not None and _LETTERS.fullmatch(text)):
         return False
     return None
 
@@ -119,7 +132,12 @@ def _percent_as_fraction(text: str) -> str:
 
 
 def _squashed(text: str) -> str:
-    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)  # but `5 7` is not 57
+    return re.sub(r"(?<![0-9]) | (?![0-9])", "", " ".join(text.split()))  # but `5 7` is not 57
+
+
+def _is_tuple(text: str) -> bool:
+    """An interval, a point, a union of intervals."""
+    return text[:1] in ("(", "[") and text[-1:] in (")", "]") and "," in text[1:-1]
 
 
 @functools.lru_cache(maxsize=256)

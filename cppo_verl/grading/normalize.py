@@ -1,33 +1,37 @@
 """One spelling for an answer: markup, units and separators that carry no value are removed, in pure Python.
 
 Also the two questions that need no algebra: is the answer too expensive to look at (`too_complex`), and is it one
-value or several (`is_plural`).
+value or several (`is_plural`). No expression here takes more than linear time: they run outside the process that may
+be killed, so no white space is matched twice in a row and none in front of what is looked for.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 
-MAX_LENGTH = 500  # characters; the longest gold of MATH-500 has 53
+MAX_LENGTH = 500  # characters of an answer or a gold; the longest gold of MATH-500 has 53
 MAX_NESTING = 16  # braces and brackets; the parser's cost explodes beyond about 50
 MAX_EXPONENT_DIGITS = 4
 MAX_FACTORIAL_DIGITS = 3
 
 _MARKUP = r"\\(?:text(?:rm|bf|it|normal|sf|tt)?|mbox|hbox|math(?:rm|bf|it|sf|tt)|bold(?:symbol)?|bm|operatorname)"
 _POWER = r"(?:\s*\^\s*\{?[23]\}?)?"
-_WRAPPER = re.compile(rf"(?:{_MARKUP}|\\boxed)\s*\{{([^{{}}]*)\}}")
-_NESTED_BOX = re.compile(r"\\boxed\s*\{")
+# \boxed and its likes, up to their opening brace; \framebox may have a width and a position in front.
+BOX = r"\\(?:boxed|fbox|framebox(?:\s*\[[^\[\]{}\\]*\]){0,2})\s*\{"
+_WRAPPER = re.compile(rf"(?:{_MARKUP}\s*\{{|{BOX})([^{{}}]*)\}}")
+_NESTED_BOX = re.compile(BOX)
 # Words after a number that change its value or leave it open; any other word counts as a unit.
 _NOT_UNITS = re.compile(
     r"hundred|thousand|[mbtr]illion|dozen|percent|per ?cent|pct|half|squared|cubed|factorial|root|mod|base|times|pi\b"
     r"|plus|minus|\b(?:and|or|not|more|less|fewer|than|least|most|greater|about|approx\w*|to|is|if|no)\b",
     re.IGNORECASE,
 )
-_DEGREES = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\^?\s*°|\\degree)\s*$")
+_DEGREES = re.compile(r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|(?:\^\s*)?°|\\degree)$")
 _MARKED_UNIT = re.compile(rf"(?<=[0-9}}).a-zA-Z])\s*{_MARKUP}\s*\{{([A-Za-z ./~^0-9]*)\}}{_POWER}\s*$")
 _BARE_UNIT = re.compile(rf"(?<=[0-9])\s+([A-Za-z]{{2,}}(?: [A-Za-z]+){{0,3}}){_POWER}\s*$")
-_PERCENT = re.compile(rf"\s*(?:\\?%|(?:{_MARKUP}\s*\{{)?\s*\b(?:percent(?:age)?|pct)\b\s*\}}?)\s*$", re.IGNORECASE)
+_PERCENT = re.compile(rf"(?:\\?%|(?:{_MARKUP}\s*\{{\s*)?\b(?:percent(?:age)?|pct)\b\s*\}}?)$", re.IGNORECASE)
 
 _ARGUMENT = r"([0-9A-Za-z]|\\pi(?![A-Za-z])|\{[^{}]*\})"  # of \frac, with or without braces
 
@@ -58,6 +62,8 @@ _SEVERAL = re.compile(
     r"|\\n?(?:le|ge|lt|gt|ne|leq|geq|neq|leqslant|geqslant|ll|gg)(?![A-Za-z])|\\\{"
     r"|(?<![A-Za-z])(?:and|or)(?![A-Za-z])"
 )
+_SET_OPENS, _SET_CLOSES = re.compile(r"\A\\(?:\{|lbrace(?![A-Za-z]))"), re.compile(r"\\(?:\}|rbrace)\Z")
+_ARABIC = {"\u066a": "%", "\u066b": ".", "\u066c": ","}
 _CHAIN = re.compile(r"[{(\[})\]]|(?<![<>!:])=|\\(?:approx|simeq)(?![A-Za-z])|≈")
 # `5 7` renders as 57 and means neither that nor a sum; an exponent may stand before the next factor: 2^6 3^5.
 _DIGIT_GAP = re.compile(r"(?<![\^_0-9])[0-9]+\s+[0-9]")
@@ -65,11 +71,13 @@ _DIGIT_GAP = re.compile(r"(?<![\^_0-9])[0-9]+\s+[0-9]")
 
 def clean(text: str) -> str:
     """The answer without layout markup, currency, units, thousands marks and a final full stop or backslash."""
-    text = text.strip()
+    text = ascii_forms(text).strip()
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"\s*(?:[.。]|(?<!\\)\\)\s*$", "", text.strip().strip("*").strip())
-    while _NESTED_BOX.search(text) and (unboxed := _WRAPPER.sub(r"\1", text)) != text:
+    text = re.sub(r"(?:[.。]|(?<!\\)\\)$", "", text.strip().strip("*").strip()).rstrip()
+    for _ in range(MAX_NESTING):
+        if not _NESTED_BOX.search(text) or (unboxed := _WRAPPER.sub(r"\1", text)) == text:
+            break
         text = unboxed
     if whole := _WRAPPER.fullmatch(text):
         text = whole[1].strip()
@@ -78,18 +86,22 @@ def clean(text: str) -> str:
 
 def strip_unit(text: str) -> str:
     """The text without a final degree sign or unit, in markup (`5\\text{ cm}^2`) or after a space (`5 cm`)."""
-    text = _DEGREES.sub("", text)
+    text = _without_degrees(text)
     for pattern in (_MARKED_UNIT, _BARE_UNIT):
         unit = pattern.search(text)
         if unit and not _NOT_UNITS.search(unit[1]):
-            return _DEGREES.sub("", text[: unit.start()]).rstrip()
+            return _without_degrees(text[: unit.start()])
     return text
+
+
+def _without_degrees(text: str) -> str:
+    return _DEGREES.sub("", text.rstrip()).rstrip()
 
 
 def split_percent(text: str) -> tuple[str, bool]:
     """(text without a final percent sign or word, whether there was one)."""
-    bare = _PERCENT.sub("", text)
-    return bare, bare != text
+    found = _PERCENT.search(text := text.rstrip())
+    return (text[: found.start()].rstrip(), True) if found else (text, False)
 
 
 def split_chain(text: str) -> list[tuple[str, bool]]:
@@ -109,6 +121,30 @@ def split_chain(text: str) -> list[tuple[str, bool]]:
     return [*sides, (text[start:].strip(), rounded)]
 
 
+def ascii_forms(text: str) -> str:
+    """Digits of every script, and the fullwidth and Arabic signs that go with them, as ASCII has them.
+
+    Not by a Unicode normal form, which would turn 5² into 52.
+    """
+    return text if text.isascii() else "".join(map(_ascii_form, text))
+
+
+def _ascii_form(character: str) -> str:
+    digit = unicodedata.decimal(character, None)
+    if digit is not None:
+        return str(digit)
+    if "\uff01" <= character <= "\uff5e":  # fullwidth
+        return chr(ord(character) - 0xFEE0)
+    return _ARABIC.get(character, character)
+
+
+def without_set_of_one(text: str) -> str:
+    """What stands in a set of one value, `5` in `\\{5\\}`; any other text unchanged."""
+    opening, closing = _SET_OPENS.search(text), _SET_CLOSES.search(text)
+    inner = text[opening.end() : closing.start()].strip() if opening and closing else ""
+    return inner if inner and not is_plural(inner) and "\\mid" not in inner and "|" not in inner else text
+
+
 def is_plural(text: str) -> bool:
     """Whether the text is a list, tuple, set, interval, matrix, inequality or plus-minus: not one number."""
     return _SEVERAL.search(text) is not None
@@ -126,6 +162,7 @@ def too_complex(text: str) -> str | None:
     """
     if len(text) > MAX_LENGTH:
         return f"longer than {MAX_LENGTH} characters"
+    text = ascii_forms(text)
     depth = deepest = 0
     for character in text:
         depth += (character in "{([") - (character in "})]")
@@ -134,8 +171,8 @@ def too_complex(text: str) -> str | None:
         return f"nested deeper than {MAX_NESTING}"
     if re.search(r"[0-9)}]\s*\^\s*(?:\{[^{}]*[0-9)}]\s*\^|[0-9]\s*\^)", text):
         return "a power tower"
-    if re.search(rf"\^\s*\{{?[-+\s]*[0-9]{{{MAX_EXPONENT_DIGITS + 1},}}", text):
+    if re.search(rf"\^\s*(?:[{{+-][-+\s]*)?[0-9]{{{MAX_EXPONENT_DIGITS + 1}}}", text):
         return f"an exponent of more than {MAX_EXPONENT_DIGITS} digits"
-    if re.search(rf"[0-9]{{{MAX_FACTORIAL_DIGITS + 1},}}\s*\)?\s*!|!\s*\)*\s*!", text):
+    if re.search(rf"[0-9]{{{MAX_FACTORIAL_DIGITS + 1}}}\s*(?:\)\s*)?!|!\s*(?:\)+\s*)?!", text):
         return f"a factorial of more than {MAX_FACTORIAL_DIGITS} digits"
     return None

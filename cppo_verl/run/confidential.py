@@ -7,13 +7,13 @@ file of the run that its user alone can read.
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cppo_verl.run.supervisor import RUN_FOLDER
+from cppo_verl.run.terminal import warn
 
 FILE = ".private-variables.json"
 
@@ -113,4 +113,4 @@ def receive() -> None:
     try:
         os.environ.update(json.loads(file.read_text()))
     except OSError as error:
-        print(f"cppo: {file} cannot be read on this node ({error.strerror})", file=sys.stderr)
+        warn(f"cppo: {file} cannot be read on this node ({error.strerror})")

@@ -29,21 +29,21 @@ class Failure:
         """The cause in a few lines; the rest is in the log."""
         console.print(f"\n{what} failed (exit status {status})")
         if cause := self._cause():
-            console.print(f"cause: {cause}", markup=False, soft_wrap=True)
+            console.print(f"cause: {cause}", soft_wrap=True)
         if self._event:
             lines = [text for text in self._event["message"].strip().splitlines() if text.strip()]
             shown = lines if len(lines) <= 6 else lines[-6:]
-            console.print(f"{self._event['error']}: " + "\n  ".join(shown), markup=False, soft_wrap=True)
+            console.print(f"{self._event['error']}: " + "\n  ".join(shown), soft_wrap=True)
             for error, count in first_errors(self.log_file):
                 if error.partition(": ")[2] not in self._event["message"] and error != cause:
-                    console.print(f"earlier: {error} ({count}x)", markup=False, soft_wrap=True)
+                    console.print(f"earlier: {error} ({count}x)", soft_wrap=True)
         else:
             if shutil.disk_usage(self.log_file.parent).free < _FULL:
                 console.print(
                     f"the disk of {self.log_file.parent} is full: make room, then continue the run", soft_wrap=True
                 )
             console.print("the process ended without a message; the last lines of its log:")
-            console.print("\n".join(_last_lines(self.log_file, 15)), markup=False, soft_wrap=True)
+            console.print("\n".join(_last_lines(self.log_file, 15)), soft_wrap=True)
         console.print(f"full log: {self.log_file}", soft_wrap=True)
 
     def _cause(self) -> str | None:

@@ -152,6 +152,10 @@ def _object(data: bytes, path: Path, line: int, remedy: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         number = line + data[: error.start].count(b"\n")
         raise DamagedFile(path, number, "is damaged (not text)", remedy) from None
+    except RecursionError:
+        raise DamagedFile(path, line, "is damaged (too deeply nested)", remedy) from None
+    except ValueError:
+        raise DamagedFile(path, line, "is damaged (a number of thousands of digits)", remedy) from None
     if not isinstance(content, dict):
         raise DamagedFile(path, line, "is damaged (no JSON object)", remedy)
     return content

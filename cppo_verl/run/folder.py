@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from cppo_verl.run.files import DamagedFile, read_json
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
+COPY_BACK = "put a copy back; logs/config-N.yaml in the run folder is attempt N's"
 
 # Of a whole configuration, whose end may be cut off between two settings.
 _NODES = ("actor_rollout_ref", "data", "trainer", "method", "run")
@@ -25,27 +27,29 @@ def read_config(folder: str | Path) -> DictConfig:
     """The resolved configuration that a run (or an examination of one) was started with.
 
     Raises:
-        DamagedFile: it is empty, cut off or no YAML mapping.
+        DamagedFile: it is empty, cut off, no YAML mapping or lacks a part.
     """
     path = Path(folder) / CONFIG
-    remedy = "put a copy back; logs/config-N.yaml in the run folder is attempt N's"
     text = path.read_text(errors="replace")
+    if not text.strip():
+        raise DamagedFile(path, 1, "is empty", COPY_BACK)
+    if not text.endswith("\n"):
+        raise DamagedFile(path, 1 + text.count("\n"), "is cut off", COPY_BACK)
     try:
-        if not text.strip():
-            raise DamagedFile(path, 1, "is empty", remedy)
-        if not text.endswith("\n"):
-            raise DamagedFile(path, 1 + text.count("\n"), "is cut off", remedy)
         config = OmegaConf.load(path)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise DamagedFile(path, line, f"is damaged ({error.problem})", remedy) from None
+        raise DamagedFile(path, line, f"is damaged ({error.problem})", COPY_BACK) from None
     except (YAMLError, UnicodeDecodeError):
-        raise DamagedFile(path, 1, "is damaged (no text)", remedy) from None
+        raise DamagedFile(path, 1, "is damaged (no text)", COPY_BACK) from None
+    except (ValueError, RecursionError, OmegaConfBaseException):
+        raise DamagedFile(path, 1, "is damaged (no settings)", COPY_BACK) from None
     except OSError:  # OmegaConf's for what is no mapping
         config = OmegaConf.create([])
-    lacking = [name for name in _NODES if not isinstance(config, DictConfig) or name not in config]
+    nodes = config if isinstance(config, DictConfig) else OmegaConf.create()
+    lacking = [name for name in _NODES if not isinstance(nodes._get_node(name), DictConfig)]
     if lacking:
-        raise DamagedFile(path, 1 + text.rstrip().count("\n"), f"lacks {', '.join(lacking)}", remedy)
+        raise DamagedFile(path, 1 + text.rstrip().count("\n"), f"lacks {', '.join(lacking)}", COPY_BACK)
     assert isinstance(config, DictConfig)
     return config
 
@@ -61,8 +65,9 @@ def read_attempts(folder: str | Path) -> list[dict[str, Any]]:
         return []
     remedy = 'put a copy back, or write {"attempts": []} into it: only the record of earlier attempts is lost'
     attempts = read_json(path, remedy, "attempts")["attempts"]
-    if not isinstance(attempts, list) or not all(isinstance(attempt, dict) for attempt in attempts):
-        raise DamagedFile(path, 1, "is damaged (attempts is no list)", remedy)
+    listed = isinstance(attempts, list) and all(isinstance(attempt, dict) for attempt in attempts)
+    if not listed or (attempts and not isinstance(attempts[0].get("tracking_id"), str)):
+        raise DamagedFile(path, 1, "is damaged (attempts is no list of attempts)", remedy)
     return attempts
 
 

@@ -71,7 +71,7 @@ def accuracies(line: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
     """metric name -> ("AIME24 Avg@16", value) for every validation accuracy in a line of metrics."""
     found = {}
     for key, value in line.items():
-        if key.startswith("val-core/") and "/acc/mean@" in key and value is not None:
+        if key.startswith("val-core/") and "/acc/mean@" in key and isinstance(value, int | float):
             source, _, samples = key.removeprefix("val-core/").partition("/acc/mean@")
             found[key] = (f"{source} Avg@{samples}", value)
     return found

@@ -19,6 +19,7 @@ from cppo_verl.run.files import DamagedFile, parse_line
 from cppo_verl.run.log import EVENTS, RunLog
 from cppo_verl.run.progress import PROGRESS
 from cppo_verl.run.stall import Stalled, Watch
+from cppo_verl.run.terminal import warn
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
 RUN_TAG = "CPPO_RUN_TAG"
@@ -102,14 +103,14 @@ def _held(folder: Path) -> Iterator[bool]:
         folder.mkdir(exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        print(f"cppo: {folder} cannot be written: {error}; choose another folder", file=sys.stderr)
+        warn(f"cppo: {folder} cannot be written: {error}; choose another folder")
         yield False
         return
     with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"cppo: {folder} is still going on in another process", file=sys.stderr)
+            warn(f"cppo: {folder} is still going on in another process")
             yield False
             return
         yield True
@@ -246,7 +247,7 @@ class _Tail:
                 try:
                     yield parse_line(line, self.path, self.number)
                 except DamagedFile as error:  # no reason to end the process that is followed
-                    print(f"cppo: {error}", file=sys.stderr)
+                    warn(f"cppo: {error}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from cppo_verl.config.validate import validate
 from cppo_verl.dry_run.room import lacking
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.log import METRICS
+from cppo_verl.run.terminal import say, warn
 
 
 def train(overrides: list[str], dry_run: bool) -> int:
@@ -19,7 +20,7 @@ def train(overrides: list[str], dry_run: bool) -> int:
     if absent and not dry_run:
         raise ConfigError.of(absent)
     for problem in absent:
-        print(f"cppo train: not on this machine: {problem.text}", file=sys.stderr)
+        warn(f"cppo train: not on this machine: {problem.text}")
     if dry_run:
         _describe(config)
         return 0
@@ -36,13 +37,16 @@ def _describe(config: DictConfig) -> None:
     terminal = sys.stdout.isatty()
     lines, cautions = describe(config)
     for line in lines:
-        print(line if terminal else f"# {line}")
-    print(f"the resolved configuration, {text.count(chr(10))} lines of YAML: add > FILE" if terminal else text)
+        say(line if terminal else f"# {line}")
+    if terminal:
+        say(f"the resolved configuration, {text.count(chr(10))} lines of YAML: add > FILE")
+    else:
+        print(text)  # as it is: a file to be read again
     for caution in () if terminal else cautions:
-        print(f"# warning: {caution}", file=sys.stderr)
+        warn(f"# warning: {caution}")
     warned = f", {len(cautions)} warning{'s' * (len(cautions) > 1)}" if cautions else ""
     checked = f"{config.method.name} over {config.divergence.name}{warned}"
-    print(f"# checked: {checked}; nothing was started", file=sys.stderr)
+    warn(f"# checked: {checked}; nothing was started")
 
 
 def plot(folder: Path) -> int:
@@ -51,6 +55,6 @@ def plot(folder: Path) -> int:
 
     if not (folder / METRICS).exists():
         raise ConfigError(f"{folder} is not a run folder (no {METRICS})")
-    for path in plot_run(folder, say=lambda text: print(f"cppo plot: {text}", file=sys.stderr)):
-        print(path)
+    for path in plot_run(folder, say=lambda text: warn(f"cppo plot: {text}")):
+        say(path)
     return 0

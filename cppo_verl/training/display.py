@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cppo_verl.run.failure import Failure
 from cppo_verl.run.log import accuracies
+from cppo_verl.run.terminal import console
 from cppo_verl.training.reward_signal import causes, without_signal
 from cppo_verl.training.summary import RunSummary
 
@@ -30,13 +30,13 @@ class RunDisplay:
     def __init__(self, folder: Path, log_file: Path) -> None:
         self.folder, self.log_file = folder, log_file
         self.failed = Failure(log_file)
-        self.console = Console(highlight=False)
+        self.console = console()
         self.started = time.time()
         self.first_step: int | None = None
         self.total_steps: int | None = None
         self.signal_missed = False
         self.step_seconds: list[float] = []
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
         self.progress = Progress(
             *columns, TimeElapsedColumn(), console=self.console, transient=True, disable=not self.console.is_terminal
         )
@@ -83,7 +83,7 @@ class RunDisplay:
         if not self.signal_missed and without_signal(line):
             self.signal_missed = True  # once; the summary counts
             said = f"nothing to learn from: no group has right and wrong responses. {causes(line)}"
-            self.console.print(said, markup=False, soft_wrap=True)
+            self.console.print(said, soft_wrap=True)
 
     def _step_line(self, step: int, line: Mapping[str, Any], validation: str | None) -> str:
         total = self.total_steps or step

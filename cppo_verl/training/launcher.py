@@ -1,7 +1,6 @@
 """``cppo train`` from a checked configuration to the end of the run: its folder, its process, its display."""
 
 import json
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -23,6 +22,7 @@ from cppo_verl.run.supervisor import (
     stale_processes,
     supervise,
 )
+from cppo_verl.run.terminal import warn
 from cppo_verl.training.display import RunDisplay
 
 
@@ -40,14 +40,12 @@ def _launch(config: DictConfig, command: list[str], module: str, folder: Path) -
     if not _end_of_earlier_attempt(folder):
         return 2
     for stale in stale_processes():
-        print(_left_behind(*stale), file=sys.stderr)
-    read_metrics(folder, say=lambda text: print(f"cppo: {text}", file=sys.stderr))
+        warn(_left_behind(*stale))
+    read_metrics(folder, say=lambda text: warn(f"cppo: {text}"))
     try:
         log_file = prepare_folder(config, folder, command)
     except OSError as error:
-        print(
-            f"cppo: the run folder {folder} cannot be written: {error}; make room, or change run.dir", file=sys.stderr
-        )
+        warn(f"cppo: the run folder {folder} cannot be written: {error}; make room, or change run.dir")
         return 2
     display = RunDisplay(folder, log_file)
     minutes = config.run.stall_minutes
@@ -72,9 +70,9 @@ def _end_of_earlier_attempt(folder: Path, limit: float = 60) -> bool:
     deadline = time.monotonic() + limit
     while own := [stale for stale in stale_processes(held=folder) if stale[0] == folder]:
         if time.monotonic() > deadline:
-            print(f"{_left_behind(*own[0])}; then give the same command again", file=sys.stderr)
+            warn(f"{_left_behind(*own[0])}; then give the same command again")
             return False
-        print(f"cppo: waiting for {len(own[0][1])} processes of an earlier attempt to end", file=sys.stderr)
+        warn(f"cppo: waiting for {len(own[0][1])} processes of an earlier attempt to end")
         time.sleep(5)
     return True
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.log import accuracies, read_metrics
+from cppo_verl.run.terminal import plain
 
 
 def plot_run(folder: Path, say: Callable[[str], None] | None = None) -> list[Path]:
@@ -56,15 +58,15 @@ def _curve(
     axis: Any, steps: dict[int, dict[str, Any]], series: dict[str, str], scale: float = 1.0, **style: Any
 ) -> None:
     for key, label in series.items():
-        points = [(step, line[key] * scale) for step, line in steps.items() if line.get(key) is not None]
+        points = [(step, line[key] * scale) for step, line in steps.items() if isinstance(line.get(key), int | float)]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label, **style)
+            text = plain(label).replace("$", r"\$")  # a data source's name is no formula
+            axis.plot(*zip(*points, strict=True), label=text, **style)
 
 
 def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     """w_t D_t against the effective threshold c_t along the response with the most masked tokens."""
     import matplotlib.pyplot as plt
-    import torch
 
     from cppo_verl import core
 
@@ -72,7 +74,7 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     of_cppo = method._target_ == "cppo_verl.methods.Cppo"
     if not of_cppo or method.delta_b is None or method.weights == "shuffled" or method.soft_gate:
         return []
-    dump, row = _most_masked([torch.load(file) for file in dumps], method.delta)
+    dump, row = _most_masked([_load(file) for file in dumps], method.delta)
     one = {name: dump[name][row : row + 1] for name in ("log_prob", "rollout_log_prob", "advantages", "divergence")}
     mask = dump["response_mask"][row : row + 1]
     weights = core.position_weights(mask, method.w_min, schedule=method.weights, horizon=method.get("horizon"))
@@ -108,6 +110,16 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return [path]
+
+
+def _load(file: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        return torch.load(file)
+    except Exception as error:  # of whatever kind the file's first bytes lead to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file} is damaged ({reason}): move it away, the other plots need none") from None
 
 
 def _most_masked(dumps: list[dict[str, Any]], delta: float) -> tuple[dict[str, Any], int]:

@@ -25,7 +25,7 @@ def main(folder, role="driver"):
     progress._INTERVAL = 0.05
     progress.report(role)
     if role != "driver":
-        with progress.doing(os.environ["STALL"].partition(":")[2]):
+        with progress.doing(os.environ["STALL"].partition(":")[2] or "generation"):
             hang_in_the_update()
     log, stall = RunLog(folder), os.environ["STALL"]
     log.event("initialized", step=0, total_steps=1)

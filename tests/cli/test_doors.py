@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cppo_verl.checkpoint.find import Checkpoint, CheckpointError
 from cppo_verl.checkpoint.trust import OWN_REWARD, check_trust
 from cppo_verl.cli import main
 from cppo_verl.config import compose as configuration
+from cppo_verl.evaluation.samples import Evaluation, Question, content_hashes
 from cppo_verl.run.folder import foreign
 from cppo_verl.run.supervisor import locked, process_environment, start
 from cppo_verl.training.launcher import environment
@@ -143,7 +145,7 @@ def run_folder(folder, **settings):
     folder.mkdir(parents=True)
     config = {
         "run": {"dir": str(folder.parent), "name": folder.name},
-        "actor_rollout_ref": {"model": {"trust_remote_code": False}},
+        "actor_rollout_ref": {"model": {"trust_remote_code": False}, "rollout": {"val_kwargs": {}}},
         "reward": {"custom_reward_function": {"path": OWN_REWARD}},
         **{node: {} for node in ("data", "trainer", "method", "divergence")},
     }
@@ -220,9 +222,16 @@ def test_shards_that_lie_in_no_run_may_be_anybodys(tmp_path, capsys):
 
 def evaluation(folder, named, reward):
     folder.mkdir()
-    settings = {"reward": {"path": str(reward), "name": "score", "kwargs": {}}, "decoding": {"n": 1}, "questions": {}}
+    question = Question("x", "0", [{"role": "user", "content": "1+1?"}], "2")
+    settings = {
+        "model": {"source": "/m", "name": "m", "sha256": "a"},
+        "questions": content_hashes([question]),
+        "decoding": {"n": 1},
+        "chat": {"arguments": {}, "template_sha256": "b"},
+        "reward": {"path": str(reward), "name": "score", "kwargs": {}},
+    }
     (folder / "manifest.json").write_text(json.dumps({**named, "settings": settings, "attempts": []}))
-    (folder / "questions.jsonl").touch()
+    (folder / "questions.jsonl").write_text(json.dumps(asdict(question)) + "\n")
     return folder
 
 
@@ -242,7 +251,6 @@ def test_a_manifests_reward_function_is_not_run_unasked(tmp_path, capsys, named)
 
 def test_it_is_run_where_the_evaluation_was_made_or_when_asked(tmp_path):
     from cppo_verl.evaluation.command import _check_reward
-    from cppo_verl.evaluation.samples import Evaluation
 
     own = evaluation(tmp_path / "own", {"folder": str(tmp_path / "own")}, "/x/reward.py")
     _check_reward(Evaluation.read(own), trusted=False)

@@ -206,7 +206,8 @@ def test_a_merge_replaces_earlier_merges_only(name, tmp_path, monkeypatch):
     """Shards may lie anywhere, beside a folder of that name."""
     shards = tmp_path / "actor"
     shards.mkdir()
-    (shards / "fsdp_config.json").write_text('{"world_size": 0}')
+    (shards / "fsdp_config.json").write_text('{"world_size": 1}')
+    (shards / "model_world_size_1_rank_0.pt").touch()
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.tex").touch()
 

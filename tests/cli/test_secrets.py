@@ -96,7 +96,9 @@ def test_a_secret_in_a_setting_is_refused_without_being_shown(base, canaries, ca
 
 
 def test_values_in_place_of_names_are_refused(base):
-    with pytest.raises(configuration.ConfigError, match=r"run\.private_variables holds .* give names, not values"):
+    with pytest.raises(
+        configuration.ConfigError, match=r"private_variables: give the names of variables, not their values"
+    ):
         validate(configuration.compose([*base, "run.private_variables=[HF_TOKEN,sk-123]"]))
 
 
