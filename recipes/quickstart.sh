@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model trained with CPPO, on two CPU cores in about 7 minutes (20 on a slow machine):
+# From nothing to a model trained with CPPO, on two CPU cores in about 5 minutes (20 on a slow machine):
 #   bash recipes/quickstart.sh [overrides] [--dry-run]     e.g. method=grpo trainer.total_training_steps=20
 # Sets up .venv, makes a tiny Qwen3 and an arithmetic data set, warms the model up, trains, validates, plots.
 # ASSETS (folder of model and data) and SEED (of task, warm-up and training) may be set in the environment.

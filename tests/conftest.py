@@ -29,3 +29,9 @@ def live_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def live_base(live_assets, live_folder):
     return [*base_overrides(live_assets), f"run.dir={live_folder.parent}", f"run.name={live_folder.name}"]
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    """A check that lets through what it should refuse fails here, and trains nothing."""
+    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))

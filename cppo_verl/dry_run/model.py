@@ -35,11 +35,15 @@ class Model:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Model | None":
-        """From a Hugging Face config.json; None where the architecture is not one of those counted exactly."""
+        """From a Hugging Face config.json; None where it is not one of those counted exactly, or lacks a size."""
         kind = config.get("model_type")
         experts = config.get("num_experts", 0) if kind == "qwen3_moe" else 0
         mixed = experts and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"))
         if kind not in _KNOWN_TYPES or mixed or config.get("attention_bias") or config.get("mlp_bias"):
+            return None
+        width = "moe_intermediate_size" if experts else "intermediate_size"
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", width)
+        if not all(isinstance(config.get(name), int) for name in sizes):
             return None
         heads = config["num_attention_heads"]
         return cls(
@@ -48,7 +52,7 @@ class Model:
             heads=heads,
             key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            intermediate=config["moe_intermediate_size" if experts else "intermediate_size"],
+            intermediate=config[width],
             vocabulary=config["vocab_size"],
             tied=config.get("tie_word_embeddings", False),
             qk_norm=kind in ("qwen3", "qwen3_moe"),

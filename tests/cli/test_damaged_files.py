@@ -40,10 +40,7 @@ def damage(path, how):
     return f"{path}:"
 
 
-@pytest.fixture(autouse=True)
-def nothing_starts(monkeypatch):
-    """A check that lets through what it should refuse fails here, and trains nothing."""
-    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
+pytestmark = pytest.mark.usefixtures("nothing_starts")
 
 
 @pytest.fixture

@@ -17,10 +17,7 @@ from cppo_verl.doctor.machine import check_shared_memory
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def nothing_starts(monkeypatch):
-    """A check that lets through what it should refuse fails here, and trains nothing."""
-    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
+pytestmark = pytest.mark.usefixtures("nothing_starts")
 
 
 @pytest.fixture

@@ -18,11 +18,7 @@ from cppo_verl.run.log import RunLog
 from cppo_verl.training import launcher
 from cppo_verl.training.launcher import prepare_folder
 
-
-@pytest.fixture(autouse=True)
-def nothing_starts(monkeypatch):
-    """A check that lets through what it should refuse fails here, and trains nothing."""
-    monkeypatch.setattr("cppo_verl.run.supervisor.start", lambda *_: pytest.fail("it was started"))
+pytestmark = pytest.mark.usefixtures("nothing_starts")
 
 
 @pytest.fixture

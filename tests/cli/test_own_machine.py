@@ -80,6 +80,12 @@ def test_a_model_that_the_memory_does_not_hold(machine, model):
     assert "and this machine has 4;" in text
 
 
+def test_a_config_that_lacks_a_size_is_not_estimated(machine, model):
+    machine(gib=24)
+    assert lacking("recipe=small", "platform=cpu", model(num_attention_heads=None)) == []
+    assert lacking("recipe=small", "platform=cpu", model(hidden_size="wide")) == []
+
+
 def test_every_device_of_a_cpu_run_is_a_trainer_and_a_server(machine, model):
     machine(gib=24)
     (text,) = lacking("recipe=small", "platform=cpu", "trainer.n_gpus_per_node=8", model())

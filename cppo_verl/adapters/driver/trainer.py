@@ -326,10 +326,13 @@ def _beside(start: Callable[..., Started], *arguments: Any) -> Future[Started]:
 
 
 def _prepare_server(config: DictConfig) -> None:
-    """Import vLLM; on one machine without accelerators the first server's process is started, which does so as well."""
+    """Import vLLM; on one machine without accelerators the first server's process is started, which does so as well.
+
+    Where there are several, verl places a server on its workers' node, which is not known yet.
+    """
     from cppo_verl.adapters.rollout.server import start_ahead
 
-    if config.trainer.device == "cpu" and config.trainer.nnodes == 1:
+    if config.trainer.device == "cpu" and len(ray.nodes()) == 1:
         start_ahead(config.actor_rollout_ref.rollout.max_num_seqs)
 
 
