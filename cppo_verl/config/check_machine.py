@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from cppo_verl.problems import Problem
-from cppo_verl.run.machine import LEAST_SHARED_MEMORY, SHARED_MEMORY
+from cppo_verl.run.machine import LEAST_SHARED_MEMORY, SHARED_MEMORY, joined_cluster
 
 _MIB = 2**20
 # Bytes of sockets, logs and compiled code of the smallest run, with a little to spare.
@@ -18,7 +18,7 @@ _LEAST_TEMPORARY = 256 * _MIB
 
 def check_machine(config: DictConfig) -> Iterator[Problem]:
     """Of a Ray of the run's own; the nodes of a cluster that is running have theirs."""
-    if not (config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")):
+    if joined_cluster(config.ray_kwargs.ray_init.get("address")) is None:
         yield from check_shared_memory()
         yield from check_temporary()
 

@@ -1,8 +1,9 @@
 """What ``cppo doctor`` examines, and what it says about it."""
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+from cppo_verl.run.machine import joined_cluster
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,7 +49,7 @@ class Subject:
     @property
     def cluster(self) -> str | None:
         """Address of the running Ray cluster that a run would join."""
-        return self.config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS") or None
+        return joined_cluster(self.config.ray_kwargs.ray_init.get("address"))
 
     @property
     def model(self) -> str | None:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from cppo_verl.run import lifeline
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.log import RunLog
+from cppo_verl.run.machine import joined_cluster
 
 _REINSTALL = "reinstall cppo_verl, whose entry points are missing or switched off: python -m pip install --no-deps -e ."
 _SAME_EVERYWHERE = (
@@ -336,7 +337,7 @@ def _local_paths(config: DictConfig) -> list[str]:
 
 def _address(config: DictConfig) -> str | None:
     """The running cluster that a run would join."""
-    return config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS") or None
+    return joined_cluster(config.ray_kwargs.ray_init.get("address"))
 
 
 def _nodes(count: int) -> str:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from cppo_verl.dry_run.memory import GIB, estimate
 from cppo_verl.dry_run.model import find_model
 from cppo_verl.problems import Problem, about
-from cppo_verl.run.machine import gpus, has_gpu, memory
+from cppo_verl.run.machine import gpus, has_gpu, joined_cluster, memory
 
 # Without a GPU: Ray, driver, queue, agent loop and reward worker; and what an actor worker and a vLLM server with its
 # two processes take beside the model. The quickstart's run, whose model is next to nothing, peaked at 8 GiB.
@@ -17,7 +17,7 @@ _PROCESSES, _A_DEVICE = 5 * GIB, 3 * GIB
 
 def lacking(config: DictConfig) -> Iterator[Problem]:
     """Devices and memory. Not where the run joins a cluster: what that has the driver looks at when it is there."""
-    if config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS"):
+    if joined_cluster(config.ray_kwargs.ray_init.get("address")) is not None:
         return
     trainer = config.trainer
     if trainer.nnodes > 1:

@@ -1,13 +1,25 @@
-"""Facts of this machine: what computes here."""
+"""Facts of this machine: what computes here, and whether a run leaves it for a cluster."""
 
+import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 # Where processes of one machine share arrays; Docker's default of 64 MiB holds none of vLLM's or Ray's.
 SHARED_MEMORY, LEAST_SHARED_MEMORY = "/dev/shm", 256 * 2**20
+
+
+# Ray's word for a Ray that is yet to be started on this machine.
+OWN_RAY = "local"
+
+
+def joined_cluster(address: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Address of the running Ray cluster that a run joins, by its setting or RAY_ADDRESS; None: a Ray of its own."""
+    found = address or environment.get("RAY_ADDRESS")
+    return None if not found or found == OWN_RAY else found
 
 
 def has_gpu() -> bool:

@@ -17,6 +17,7 @@ import psutil
 from cppo_verl.run import lifeline
 from cppo_verl.run.files import DamagedFile, parse_line
 from cppo_verl.run.log import EVENTS, RunLog
+from cppo_verl.run.machine import joined_cluster
 from cppo_verl.run.progress import PROGRESS
 from cppo_verl.run.stall import Stalled, Watch
 from cppo_verl.run.terminal import warn
@@ -169,8 +170,8 @@ def process_environment(on_cpu: bool, model: str, address: str | None = None) ->
     Args:
         address: of the Ray cluster that is joined, as ``ray.init`` takes it; None: as RAY_ADDRESS says.
     """
-    joins = (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
-    defaults = {**_ENVIRONMENT, **({} if joins else _ONE_MACHINE_ENVIRONMENT), **(_CPU_ENVIRONMENT if on_cpu else {})}
+    one_machine = {} if joined_cluster(address) else _ONE_MACHINE_ENVIRONMENT
+    defaults = {**_ENVIRONMENT, **one_machine, **(_CPU_ENVIRONMENT if on_cpu else {})}
     if Path(model).is_dir():
         # A local model needs no hub; without this, loading it waits for a network that may not be there.
         defaults["HF_HUB_OFFLINE"] = "1"

@@ -67,6 +67,8 @@ def test_more_nodes_than_this_one(machine, monkeypatch):
     assert text.startswith("trainer.nnodes=4: this machine is one node; start Ray on all of them and set RAY_ADDRESS")
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert lacking("recipe=paper", "platform=gpu", "trainer.nnodes=4") == []
+    own = "ray_kwargs.ray_init.address=local"
+    assert len(lacking("recipe=paper", "platform=gpu", "trainer.nnodes=4", own)) == 1
 
 
 def test_a_model_that_the_memory_does_not_hold(machine, model):

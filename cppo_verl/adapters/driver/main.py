@@ -20,14 +20,13 @@ from cppo_verl.adapters.cpu import verl_platform
 from cppo_verl.run import confidential, lifeline, progress
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.log import RunLog
+from cppo_verl.run.machine import OWN_RAY, joined_cluster
 
 # Variables of this process that the workers of a running cluster are to have as well, by how their names begin.
 _FORWARDED = (
     *("CPPO_", "VERL_", "VLLM_", "TQ_", "OMP_", "KMP_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "NCCL_", "GLOO_"),
     *("CUDA_DEVICE_MAX", "RAY_ACCEL", "RAY_DEDUP", "RAY_USAGE", "PYTHONUNBUFFERED", "HYDRA_", "WANDB_", "TENSORBOARD_"),
 )
-# Ray's address of a Ray that is yet to be started.
-OWN = "local"
 # Of one node only.
 _LOCAL = ("VLLM_HOST_IP",)
 
@@ -104,7 +103,7 @@ def train(config: DictConfig, runner: Any = TaskRunner) -> None:
     private = [str(name) for name in config.run.private_variables or ()]
     config.ray_kwargs.ray_init = ray_settings(config.ray_kwargs.ray_init, os.environ, private)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
-    joins = config.ray_kwargs.ray_init.address != OWN
+    joins = config.ray_kwargs.ray_init.address != OWN_RAY
     handed = {name: os.environ[name] for name in private if joins and name in os.environ}
     with confidential.shared(Path(config.run.dir) / str(config.run.name), handed):
         run_ppo(config, task_runner_class=InThisProcess(runner) if config.trainer.device == "cpu" else runner)
@@ -119,10 +118,10 @@ def ray_settings(settings: DictConfig, environment: Mapping[str, str], private: 
     Args:
         private: variables that workers read from a file of the run, whatever their names.
     """
-    address = settings.get("address") or environment.get("RAY_ADDRESS") or OWN
-    if address == OWN:
+    address = joined_cluster(settings.get("address"), environment)
+    if address is None:
         # Without "local" Ray joins any cluster that it finds on this machine.
-        return _merged(settings, {"address": OWN})
+        return _merged(settings, {"address": OWN_RAY})
     forwarded = {
         name: value
         for name, value in environment.items()
