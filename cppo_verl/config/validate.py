@@ -1,5 +1,6 @@
 """Checks of a composed configuration: what cannot work is named before Ray starts or verl is imported."""
 
+import re
 from collections.abc import Callable, Iterator
 
 from omegaconf import DictConfig
@@ -21,8 +22,7 @@ def validate(config: DictConfig, planned: bool = False) -> list[Problem]:
     blamed = {problem.key for problem in problems}
     for check in _CHECKS:
         try:
-            for problem in check(config):
-                problems += [problem] if problem.key not in blamed else []
+            problems += [problem for problem in check(config) if not _follows(problem, blamed)]
         except (OmegaConfBaseException, AttributeError, TypeError, ValueError, ArithmeticError) as error:
             if not blamed:  # else the value that could not be compared or divided by has been named
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -33,6 +33,13 @@ def validate(config: DictConfig, planned: bool = False) -> list[Problem]:
     if refusing:
         raise ConfigError.of(refusing)
     return problems
+
+
+def _follows(problem: Problem, blamed: set[str]) -> bool:
+    """Whether it is about a setting whose value has been refused already, or computed from it."""
+    named = re.findall(r"[\w.]+", problem.text)
+    short = {".".join(key.split(".")[-2:]) for key in blamed}  # as in "ppo_mini_batch_size x rollout.n"
+    return problem.key in blamed or not short.isdisjoint(named) or not blamed.isdisjoint(named)
 
 
 def _check_versions(config: DictConfig) -> Iterator[Problem]:
