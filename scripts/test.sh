@@ -5,10 +5,21 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh ${CPPO_STACK:+"$CPPO_STACK"}
 bin=${VENV:-.venv}/bin
+
+# What starts the whole stack or measures time has the machine to itself, after all others, which run two at a time.
+both_parts() { # both_parts marker
+  local status=0
+  "$bin/python" -m pytest -m "$1" -n 2 --dist loadfile --ignore tests/live --ignore tests/bench || status=$?
+  "$bin/python" -m pytest -m "$1" tests/live tests/bench || status=$?
+  exit "$status"
+}
+
 if (($# == 0)); then
   "$bin/ruff" check .
   "$bin/ruff" format --check .
   "$bin/mypy"
-  set -- -m "not slow"
+  both_parts "not slow"
+elif [[ $* == "-m slow" ]]; then
+  both_parts slow
 fi
 exec "$bin/python" -m pytest "$@"

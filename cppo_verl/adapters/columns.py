@@ -14,6 +14,13 @@ ROLLOUT_TOPK_LOG_PROB = "rollout_topk_log_prob"
 """log mu at them, ``[T, K]``; float32, or on its way float16 (``divergence.log_prob_dtype``)."""
 TOPK_COLUMNS = (TOPK_IDS, ROLLOUT_TOPK_LOG_PROB)
 
+# A column of a trajectory in the asynchronous modes.
+ROLLOUT_VERSION = "rollout_version"
+"""The version of the weights that sampled each token, int32 ``[T]``: the last training step in them, 0 for none."""
+
+# In a training batch: the version of the weights that the step began with, to which tokens have an age.
+POLICY_VERSION = "policy_version"
+
 # In a trajectory's extra_fields: the response ended at its longest length. verl's own stop reason does not tell.
 TRUNCATED = "truncated"
 
@@ -25,3 +32,6 @@ DUMP_DIR = "dump_dir"
 
 # In a training batch: rows without a token in the loss are passed through the model as well.
 TRAIN_ALL_ROWS = "train_all_rows"
+
+# In a training batch: it belongs to a step that has been updated by others already, and its metrics go on.
+CONTINUES = "continues"

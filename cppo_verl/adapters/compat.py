@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +40,20 @@ def check() -> None:
         problems += source_mismatches(Path(spec.origin).parent, seams)
     if problems:
         raise IncompatibleError("verl or vLLM differs from what cppo_verl was written for: " + "; ".join(problems))
+
+
+def let_separate_async_log() -> None:
+    """Let verl's separate_async start with ``hybrid_engine=false``, where it hands ``print``'s flush to its logger.
+
+    trainer_separate_async.py:181 of verl 0.9.1: a TypeError. tests/adapters/test_compat.py tells when it is mended.
+    """
+    from verl.trainer.ppo.v1 import trainer_separate_async
+
+    class Unflushed(logging.LoggerAdapter):
+        def process(self, message: Any, options: Any) -> tuple[Any, Any]:
+            return message, {name: value for name, value in options.items() if name != "flush"}
+
+    trainer_separate_async.logger = Unflushed(logging.getLogger(trainer_separate_async.__name__), {})
 
 
 # (file inside the vllm package, class or function, the fields, methods, parameters or names in it that we rely on)

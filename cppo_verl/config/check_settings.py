@@ -12,6 +12,8 @@ from cppo_verl.config import model_folder
 from cppo_verl.methods import MEASURES
 from cppo_verl.problems import Problem, about
 
+MODES = ("sync", "colocate_async", "separate_async")
+
 
 def check_method(config: DictConfig) -> Iterator[Problem]:
     """The method's class, its fields and their types, its own checks; KL thresholds on a total variation."""
@@ -98,8 +100,10 @@ def check_verl_mode(config: DictConfig) -> Iterator[Problem]:
         yield about(
             "trainer.use_v1", "=false: verl's V0 trainer replaces the policy loss; only the V1 trainer is supported"
         )
-    if config.trainer.v1.trainer_mode != "sync":
-        yield about("trainer.v1.trainer_mode", f"={config.trainer.v1.trainer_mode}: only sync is supported")
+    if config.trainer.v1.trainer_mode not in MODES:
+        yield about(
+            "trainer.v1.trainer_mode", f"={config.trainer.v1.trainer_mode}: choose one of {', '.join(MODES)} by mode="
+        )
     if not config.algorithm.rollout_correction.bypass_mode:
         yield about(
             "algorithm.rollout_correction.bypass_mode",
@@ -121,6 +125,48 @@ def check_verl_mode(config: DictConfig) -> Iterator[Problem]:
     if any(value is not None for value in config.custom_reward_function.values()):
         yield about(
             "custom_reward_function", ".* is ignored by verl 0.9.1; set reward.custom_reward_function.* instead"
+        )
+
+
+def check_async(config: DictConfig) -> Iterator[Problem]:
+    """What verl's asynchronous trainers assert when Ray has started, and what no seed can decide there."""
+    mode, rollout = config.trainer.v1.trainer_mode, config.actor_rollout_ref.rollout
+    if mode == "sync":
+        return
+    if rollout.full_determinism:
+        yield about(
+            "actor_rollout_ref.rollout.full_determinism",
+            f"=true: with mode={mode} the moment at which a response is interrupted depends on nothing that can be "
+            "set; set false, or mode=sync",
+        )
+    if mode != "separate_async":
+        return
+    settings, actor = config.trainer.v1.separate_async, config.actor_rollout_ref.actor
+    updates, prompts = settings.parameter_sync_step, config.data.train_batch_size
+    if prompts != updates * actor.ppo_mini_batch_size:
+        fitting = prompts // actor.ppo_mini_batch_size
+        yield about(
+            "trainer.v1.separate_async.parameter_sync_step",
+            f"={updates} updates of actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} prompts "
+            f"are not data.train_batch_size={prompts}; give {fitting}"
+            + ("" if fitting * actor.ppo_mini_batch_size == prompts else ", and a multiple as batch size"),
+        )
+    for name in ("nnodes", "n_gpus_per_node"):
+        if not (isinstance(rollout[name], int) and rollout[name] > 0):
+            yield about(
+                f"actor_rollout_ref.rollout.{name}",
+                f"={rollout[name]}: give the servers devices of their own, 1 or more",
+            )
+    backend = rollout.checkpoint_engine.backend
+    if backend == "naive":
+        yield about(
+            "actor_rollout_ref.rollout.checkpoint_engine.backend",
+            "=naive: it reaches servers on the training devices only; use nccl (without a GPU: shared_memory)",
+        )
+    if backend == "shared_memory" and (config.trainer.nnodes, rollout.nnodes) != (1, 1):
+        yield about(
+            "actor_rollout_ref.rollout.checkpoint_engine.backend",
+            "=shared_memory: actor and servers must be on one node; set trainer.nnodes=1 and rollout.nnodes=1",
         )
 
 

@@ -16,13 +16,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl.adapters.driver.placement import server_devices
 from cppo_verl.checkpoint import retention
 from cppo_verl.config import model_folder
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.machine import has_gpu
 
-GROUPS = ("method", "divergence", "platform", "recipe")
+GROUPS = ("method", "divergence", "mode", "platform", "recipe")
 _LONGEST_REASON = 400  # characters
 # What is looked into before the settings in it are checked.
 _NODES = (
@@ -184,6 +185,12 @@ def _fill_in_run(config: DictConfig) -> None:
     if engine.update_weights_bucket_megabytes is None:
         least = 16 if trainer.device == "cpu" else 2048
         engine.update_weights_bucket_megabytes = max(least, -(-model_folder.largest_tensor(model.path) // 2**20))
+    if trainer.device == "cpu" and trainer.v1.trainer_mode == "separate_async":
+        if engine.backend == "nccl":
+            engine.backend, engine.custom_backend_module = "shared_memory", "cppo_verl.adapters.cpu.weights"
+        slots, devices = config.ray_kwargs.ray_init, server_devices(config)
+        if slots.get("num_gpus") == trainer.n_gpus_per_node and isinstance(devices, int):
+            slots.num_gpus += devices
     reward = config.reward.custom_reward_function
     if isinstance(reward.path, str) and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)

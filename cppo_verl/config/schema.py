@@ -290,6 +290,13 @@ _TRAINER = {
     "resume_mode": choice("disable", "auto", "resume_path"),
     "resume_from_path": unset(TEXT),
 }
+_V1 = {
+    "sampler.max_off_policy_threshold": unset(count("steps")),
+    "sampler.max_off_policy_strategy": choice("drop", "wait"),
+    "colocate_async.num_warmup_batches": real(0, what="batches"),
+    "separate_async.num_warmup_batches": real(0, what="batches"),
+    "separate_async.parameter_sync_step": count("updates"),
+}
 _RAY = {
     "address": unset(TEXT),
     "num_cpus": unset(count("slots")),
@@ -320,6 +327,7 @@ RULES: dict[str, Rule] = {
     **_under("algorithm", _ALGORITHM),
     **_under("reward", _REWARD),
     **_under("trainer", _TRAINER),
+    **_under("trainer.v1", _V1),
     **_under("ray_kwargs.ray_init", _RAY),
     "transfer_queue.backend.SimpleStorage.num_data_storage_units": count("processes"),
     "transfer_queue.backend.SimpleStorage.total_storage_size": count("rows"),

@@ -55,6 +55,7 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[Problem]], ...] = (
     check_settings.check_method,
     check_settings.check_divergence,
     check_settings.check_verl_mode,
+    check_settings.check_async,
     check_settings.check_rollout,
     check_settings.check_engine,
     check_settings.check_parallelism,

@@ -24,12 +24,22 @@ def cautions(config: DictConfig, model: Model | None, expected: Estimate | None,
     """What will fail or cannot be meant, each with the setting and what to do."""
     yield from _about_batches(config)
     yield from _about_method(config)
+    yield from _about_mode(config)
     yield from _about_rollout(config, model)
     if model is not None and config.actor_rollout_ref.actor.strategy == "megatron":
         yield from _about_megatron(config, model)
     yield from _about_run(config, model)
     if model is not None and expected is not None:
         yield from _about_memory(config, model, expected, card)
+
+
+def _about_mode(config: DictConfig) -> Iterator[str]:
+    mode = config.trainer.v1.trainer_mode
+    if mode != "sync" and config.run.seeded_rollout:
+        yield (
+            f"run.seeded_rollout=true: with mode={mode} no two runs are the same, nor is a resumed one, whatever the "
+            "seeds: when a response is interrupted depends on time (docs/async.md); mode=sync is repeatable"
+        )
 
 
 def unknown_fields(config: DictConfig, verl: DictConfig) -> Iterator[str]:

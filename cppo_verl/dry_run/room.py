@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
+from cppo_verl.adapters.driver.placement import server_devices
 from cppo_verl.dry_run.memory import GIB, estimate
 from cppo_verl.dry_run.model import find_model
 from cppo_verl.problems import Problem, about
@@ -36,10 +37,12 @@ def lacking(config: DictConfig) -> Iterator[Problem]:
             "train a small model without: recipe=small platform=cpu",
             only_here=True,
         )
-    elif (found := _visible()) is not None and found < trainer.n_gpus_per_node:
+    elif (found := _visible()) is not None and found < (generating := server_devices(config)) + trainer.n_gpus_per_node:
+        left = max(found - generating, 1)
+        beside = f" beside the {generating} that generate" if generating else ""
         yield about(
             "trainer.n_gpus_per_node",
-            f"={trainer.n_gpus_per_node}, but this machine has {found}: trainer.n_gpus_per_node={found}",
+            f"={trainer.n_gpus_per_node}{beside}, but this machine has {found}: trainer.n_gpus_per_node={left}",
             only_here=True,
         )
 
@@ -56,7 +59,7 @@ def _visible() -> int | None:
 def _memory(config: DictConfig) -> Iterator[Problem]:
     """Of a run on CPUs: every device is an actor worker and a vLLM server."""
     model, _ = find_model(config.actor_rollout_ref.model)
-    devices = config.trainer.n_gpus_per_node
+    devices = config.trainer.n_gpus_per_node + server_devices(config)
     needed: float = _PROCESSES + devices * _A_DEVICE
     if model is not None:
         cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1) * GIB

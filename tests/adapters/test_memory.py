@@ -260,6 +260,7 @@ def test_the_estimate_is_what_the_engine_allocates(measured, name):
     assert_agrees(name, CASES[name], *measured[name], world=1)
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_half_of_the_states(tmp_path):
     for name, (found, folder) in run(TWO_RANKS, tmp_path, 2).items():
         assert_agrees(name, TWO_RANKS[name], found, folder, world=2)

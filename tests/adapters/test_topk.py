@@ -293,13 +293,16 @@ def on_ranks(layouts, world, path):
     return outputs
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sequence_parallel_ranks_get_the_single_process_result(world):
     for output in on_ranks(["ulysses"], world, []):
         assert "ulysses : equal to the single process within" in output
 
 
-@pytest.mark.parametrize(("world", "layouts"), [(2, ["2x1", "1x2"]), (4, ["4x1", "2x2", "1x4"])])
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [(2, ["2x1", "1x2"]), pytest.param(4, ["4x1", "2x2", "1x4"], marks=pytest.mark.slow)],
+)
 def test_megatron_ranks_get_the_single_process_result(megatron_core, world, layouts):
     """Megatron's own groups (tensor x context parallelism) and verl's own layouts; Megatron's model is not run."""
     for output in on_ranks(layouts, world, [megatron_core]):

@@ -14,7 +14,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from cppo_verl.adapters.actor.token_statistics import TokenStatistics
 from cppo_verl.adapters.actor.topk import TopK, TopKLogits
-from cppo_verl.adapters.columns import DUMP_DIR, RESPONSE_SEEDS
+from cppo_verl.adapters.columns import DUMP_DIR, POLICY_VERSION, RESPONSE_SEEDS, ROLLOUT_VERSION
 from cppo_verl.core.checks import require_not_nan
 from cppo_verl.methods import MEASURES, Outcome, Tokens
 
@@ -46,7 +46,7 @@ class TrustRegionLoss:
         return self.measure.over_topk
 
     def begin_update(self) -> None:
-        """Forget the last update's statistics; an update is all minibatches trained on one batch of rollouts."""
+        """Forget the last step's statistics; a step is all minibatches between two weight updates of the servers."""
         self.statistics = TokenStatistics()
         self.minibatch = -1
         self._microbatch = 0
@@ -82,8 +82,9 @@ class TrustRegionLoss:
         loss = self._reduce(outcome.loss, tokens.valid, data)
         loss = loss + self._verl_terms(tokens, entropy, data)
         detached = None if entropy is None else entropy.detach()
-        self.statistics.add(tokens, outcome, detached, first_minibatch=self.minibatch <= 0)
-        self._dump(tokens, outcome, topk, data)
+        age = _age(data)
+        self.statistics.add(tokens, outcome, detached, first_minibatch=self.minibatch <= 0, age=age)
+        self._dump(tokens, outcome, topk, age, data)
         self._microbatch += 1
         return loss, {}
 
@@ -135,7 +136,7 @@ class TrustRegionLoss:
             term = term + self.config.kl_loss_coef * self._reduce(kl, tokens.valid, data)
         return term
 
-    def _dump(self, tokens: Tokens, outcome: Outcome, topk: TopK | None, data: TensorDict) -> None:
+    def _dump(self, tokens: Tokens, outcome: Outcome, topk: TopK | None, age: Tensor | None, data: TensorDict) -> None:
         """Write this micro-batch's tensors (``run.dump_steps``): one file per rank, minibatch and micro-batch."""
         folder = tu.get_non_tensor_data(data, key=DUMP_DIR, default=None)
         if not folder:
@@ -143,6 +144,7 @@ class TrustRegionLoss:
         fields = data.select("prompts", "responses").to_padded_tensor(0)
         tensors = tokens._asdict() | outcome._asdict()
         tensors["response_mask"] = tensors.pop("valid")  # the name in the files
+        tensors["age"] = age
         if topk is not None:
             tensors |= topk._asdict() | {"topk_ids": topk.topk_ids.int()}
             del tensors["sampled_in_topk"]
@@ -151,3 +153,11 @@ class TrustRegionLoss:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         os.makedirs(folder, exist_ok=True)
         torch.save(content, f"{folder}/minibatch{self.minibatch}_rank{rank}_micro{self._microbatch}.pt")
+
+
+def _age(data: TensorDict) -> Tensor | None:
+    """Weight updates since those that sampled each token, int ``[B, T]``; None in lockstep."""
+    if ROLLOUT_VERSION not in data:
+        return None
+    now = tu.get_non_tensor_data(data, key=POLICY_VERSION, default=0)
+    return now - data.select(ROLLOUT_VERSION).to_padded_tensor()[ROLLOUT_VERSION]

@@ -1,4 +1,4 @@
-"""Metrics of one update, exact over tokens: sums and histogram counts per rank, added up once over data parallelism.
+"""Metrics of a step, exact over its tokens: sums and histogram counts per rank, added up once over data parallelism.
 
 Everything stays in one float64 vector on the training device, so that collecting it costs no synchronisation per
 micro-batch and no rounding by averages of averages.
@@ -15,9 +15,12 @@ from cppo_verl.methods import Outcome, Tokens
 _BINS_PER_DECADE, _LOW, _HIGH = 50, -8, 2
 _N_BINS = (_HIGH - _LOW) * _BINS_PER_DECADE
 
+# Ages that have metrics of their own; the last one stands for all above it as well.
+_AGES = ("age_0", "age_1", "age_2", "age_3", "age_4_or_more")
+
 
 class TokenStatistics:
-    """Accumulates over the micro-batches of one update; ``metrics`` divides sums by counts once at the end."""
+    """Accumulates over the micro-batches of a step; ``metrics`` divides sums by counts once at the end."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -25,9 +28,24 @@ class TokenStatistics:
         self._histogram: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, tokens: Tokens, outcome: Outcome, entropy: Tensor | None, first_minibatch: bool) -> None:
-        """Add one micro-batch. ``entropy``: exact per-token entropy of pi ``[B, T]``, where the engine computed it."""
+    def add(
+        self,
+        tokens: Tokens,
+        outcome: Outcome,
+        entropy: Tensor | None,
+        first_minibatch: bool,
+        age: Tensor | None = None,
+    ) -> None:
+        """Add one micro-batch.
+
+        Args:
+            entropy: exact per-token entropy of pi ``[B, T]``, where the engine computed it.
+            age: weight updates between those that sampled a token and those the step began with, int ``[B, T]``; None
+                in lockstep, where it is 0.
+        """
         sums = _token_sums(tokens, outcome)
+        if age is not None:
+            sums |= _age_sums(tokens, outcome, age)
         sums |= _response_sums(tokens, outcome)
         sums |= {f"first_{name}": value * float(first_minibatch) for name, value in _mismatch_sums(tokens).items()}
         sums |= _mismatch_sums(tokens)
@@ -42,12 +60,16 @@ class TokenStatistics:
             self._sums += vector
             self._histogram += histogram
 
-    def reduce(self, group: torch.distributed.ProcessGroup | None) -> None:
-        """Sum over the data-parallel ranks (a collective: every rank of ``group`` must call it)."""
-        if group is None or self._sums is None or self._histogram is None:
-            return
-        for tensor in (self._sums, self._histogram):
-            torch.distributed.all_reduce(tensor, group=group)
+    def reduced(self, group: torch.distributed.ProcessGroup | None) -> "TokenStatistics":
+        """The sum over the data-parallel ranks (a collective: every rank of ``group`` must call it)."""
+        total = TokenStatistics()
+        if self._sums is None or self._histogram is None:
+            return total
+        total._names, total._sums, total._histogram = self._names, self._sums.clone(), self._histogram.clone()
+        if group is not None:
+            for tensor in (total._sums, total._histogram):
+                torch.distributed.all_reduce(tensor, group=group)
+        return total
 
     def metrics(self) -> dict[str, float]:
         """The finished metrics (docs/metrics.md has each formula); a ratio without a denominator is left out."""
@@ -62,6 +84,7 @@ class TokenStatistics:
             "trust_region/masked_positive": (s["masked_positive"], s["positive"]),
             "trust_region/masked_negative": (s["masked_negative"], s["negative"]),
             "trust_region/prefix_share": (masked - s["masked_by_token"], masked),
+            "trust_region/towards_rollout": (s["towards_rollout"], s["tokens"]),
             "trust_region/gate": (s["gate"], s["tokens"]),
             "trust_region/delta_b": (s["delta_b"], s["delta_b_responses"]),
             "trust_region/loss": (s["loss"], s["tokens"]),
@@ -75,6 +98,12 @@ class TokenStatistics:
         }
         for quarter in range(1, 5):
             ratios[f"divergence/quarter_{quarter}"] = (s[f"divergence_{quarter}"], s[f"tokens_{quarter}"])
+        if "age" in s:
+            ratios["staleness/mean"] = (s["age"], s["tokens"])
+            for name in _AGES:
+                ratios[f"staleness/tokens_{name}"] = (s[f"tokens_{name}"], s["tokens"])
+                ratios[f"staleness/divergence_{name}"] = (s[f"divergence_{name}"], s[f"tokens_{name}"])
+                ratios[f"staleness/masked_{name}"] = (s[f"masked_{name}"], s[f"tokens_{name}"])
         result = {name: top / bottom for name, (top, bottom) in ratios.items() if bottom > 0}
         result |= {"trust_region/tokens": s["tokens"], "trust_region/masked_tokens": masked}
         if s["tokens"] > 0:
@@ -94,6 +123,8 @@ def _token_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:
         "tokens": valid,
         "masked": masked,
         "masked_by_token": masked & outcome.token_cause,
+        # A positive advantage raises pi, a negative one lowers it.
+        "towards_rollout": valid & (tokens.advantages * (tokens.log_prob.detach() - tokens.rollout_log_prob) < 0),
         "positive": up,
         "negative": down,
         "masked_positive": masked & up,
@@ -102,6 +133,18 @@ def _token_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:
     sums = {name: flags.sum().double() for name, flags in counts.items()}
     loss = outcome.loss.detach()
     return sums | {"gate": _total(gate, valid), "loss": _total(loss, valid), "absolute_loss": _total(loss.abs(), valid)}
+
+
+def _age_sums(tokens: Tokens, outcome: Outcome, age: Tensor) -> dict[str, Tensor]:
+    """Tokens, their divergence and how many of them are masked, by age."""
+    masked = tokens.valid & (outcome.gate < 1)
+    sums = {"age": _total(age.double(), tokens.valid)}
+    for number, name in enumerate(_AGES):
+        of_age = tokens.valid & ((age >= number) if number == len(_AGES) - 1 else (age == number))
+        sums[f"tokens_{name}"] = of_age.sum().double()
+        sums[f"masked_{name}"] = (masked & of_age).sum().double()
+        sums[f"divergence_{name}"] = _total(tokens.divergence, of_age)
+    return sums
 
 
 def _response_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:

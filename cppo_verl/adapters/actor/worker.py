@@ -12,7 +12,7 @@ from cppo_verl.adapters import store
 from cppo_verl.adapters.actor.engine import ExactTrainingWorker
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.adapters.actor.selection import select_rows
-from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
+from cppo_verl.adapters.columns import CONTINUES, TRAIN_ALL_ROWS
 from cppo_verl.run import progress
 
 
@@ -22,14 +22,14 @@ class TrustRegionTrainingWorker(ExactTrainingWorker):
     loss_fn: TrustRegionLoss
 
     def train_mini_batch(self, data: TensorDict) -> TensorDict | None:
-        self.loss_fn.begin_update()
+        if not tu.get_non_tensor_data(data, key=CONTINUES, default=False):
+            self.loss_fn.begin_update()
         self._rows, self._trained, self._skipped = 0, 0, 0
         # verl's name for "show the loss function the logits too".
         tu.assign_non_tensor(data, distillation_use_topk=self.loss_fn.needs_logits)
         output = super().train_mini_batch(data)
         if output is not None:
-            statistics = self.loss_fn.statistics
-            statistics.reduce(self.engine.get_data_parallel_group())
+            statistics = self.loss_fn.statistics.reduced(self.engine.get_data_parallel_group())
             update = {}
             if self._rows:  # 0 where all rows are trained on purpose
                 update["update/trained_share"] = self._trained / self._rows

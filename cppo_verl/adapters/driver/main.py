@@ -33,16 +33,16 @@ _LOCAL = ("VLLM_HOST_IP",)
 
 @ray.remote
 class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
-    """verl's V1 task runner with our trainer; the trainer mode stays "sync", which verl compares by name."""
+    """verl's V1 task runner with our trainer of the mode."""
 
-    trainer_class: type | None = None  # TrustRegionTrainer; imported in the runner's own process
+    trainer_class: type | None = None  # of the mode; imported in the runner's own process
 
     def run(self, config: DictConfig) -> None:
         import transfer_queue as tq
         from verl.utils.logging_utils import configure_verl_logging
 
         from cppo_verl.adapters.driver import resampling
-        from cppo_verl.adapters.driver.trainer import TrustRegionTrainer
+        from cppo_verl.adapters.driver.modes import TRAINERS
         from cppo_verl.adapters.rollout import registration
 
         progress.report("driver")  # in a process of its own on GPUs
@@ -55,7 +55,7 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
         RunLog(f"{config.run.dir}/{config.run.name}").event("starting workers")
         succeeded = False
         try:
-            self.trainer = (self.trainer_class or TrustRegionTrainer)(config=config)
+            self.trainer = (self.trainer_class or TRAINERS[config.trainer.v1.trainer_mode])(config=config)
             self.trainer.init()
             self.init_agent_loop_manager()
             self.fit(config)

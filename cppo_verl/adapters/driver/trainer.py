@@ -1,4 +1,7 @@
-"""verl's synchronous V1 trainer with what CPPO needs: our worker, mask_std_0, per-response seeds, the run's log."""
+"""verl's V1 trainers with what CPPO needs: our worker, mask_std_0, per-response seeds, the run's log.
+
+Here is what the modes share, and the synchronous trainer; the asynchronous ones are in ``modes``.
+"""
 
 import shutil
 import time
@@ -17,12 +20,20 @@ from verl.experimental.reward_loop import RewardLoopManager
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.tracking import Tracking
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from cppo_verl.adapters.actor.worker import TrustRegionActorWorker
-from cppo_verl.adapters.columns import DUMP_DIR, TOPK, TRAIN_ALL_ROWS
+from cppo_verl.adapters.columns import (
+    CONTINUES,
+    DUMP_DIR,
+    POLICY_VERSION,
+    TOPK,
+    TOPK_COLUMNS,
+    TRAIN_ALL_ROWS,
+)
 from cppo_verl.adapters.driver import placement
 from cppo_verl.adapters.driver.step_metrics import (
     aime_mean,
@@ -50,7 +61,7 @@ from cppo_verl.run.log import RunLog, accuracies, read_metrics, validation_score
 Started = TypeVar("Started")
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
-_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/", "update/")
+_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/", "update/", "staleness/")
 
 
 class LoggedTracking:
@@ -73,8 +84,13 @@ class LoggedTracking:
         self._tracking.finish(exit_code=exit_code)
 
 
-class TrustRegionTrainer(PPOTrainerSync):
-    """One instance drives a run. Everything not overridden here is verl's."""
+class TrustRegionTraining(PPOTrainer):
+    """One instance drives a run. Everything not overridden here is verl's; a mode is this and verl's trainer of it."""
+
+    # How agent loops reach the vLLM servers, and the only server there is.
+    client: type[LLMServerClient] = LLMServerClient
+    client_of_one: type[DirectClient] = DirectClient
+    worker: type[TrustRegionActorWorker] = TrustRegionActorWorker
 
     def __init__(self, config: DictConfig) -> None:
         self.run = config.run
@@ -140,18 +156,19 @@ class TrustRegionTrainer(PPOTrainerSync):
     def get_llm_client(self) -> LLMServerClient:
         servers = self.llm_server_manager
         if len(servers.server_handles) > 1:
-            return super().get_llm_client()
+            return servers.get_client(self.client)
         # Before it has imported all of verl.
         ray.kill(servers.global_load_balancer)
-        return servers.get_client(DirectClient, address=servers.server_addresses[0], server=servers.server_handles[0])
+        address, server = servers.server_addresses[0], servers.server_handles[0]
+        return servers.get_client(self.client_of_one, address=address, server=server)
 
     def _init_resource_pool_mgr(self) -> None:
         placement.require_room(self.config, ray.nodes())
         super()._init_resource_pool_mgr()
         self._server_prepared = _beside(_prepare_server, self.config)
-        for role in (Role.ActorRollout, Role.ActorRolloutRef):
+        for role in (Role.Actor, Role.RefPolicy, Role.ActorRollout, Role.ActorRolloutRef):
             if role in self.role_worker_mapping:
-                self.role_worker_mapping[role] = ray.remote(TrustRegionActorWorker)
+                self.role_worker_mapping[role] = ray.remote(self.worker)
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
@@ -203,8 +220,9 @@ class TrustRegionTrainer(PPOTrainerSync):
         self.log.event("generating", step=self.global_steps)
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
-        # Read by our agent loop. Validation batches do not pass here: they ask for no Top-K log-probabilities.
-        tu.assign_non_tensor_data(batch, TOPK, self.config.divergence.k)
+        # Read by our agent loop. Validation batches do not pass here: they ask for no Top-K log-probabilities. One for
+        # each row: what all rows share, verl does not keep of a prompt that a resumed run submits again.
+        tu.assign_non_tensor_stack(batch, TOPK, [self.config.divergence.k] * len(batch))
         return super()._submit_batch_to_rollout(batch)
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
@@ -260,16 +278,21 @@ class TrustRegionTrainer(PPOTrainerSync):
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         progress.phase("preparation of the update")
-        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        prompts = self.config.data.train_batch_size // self.parameter_sync_step
+        expected = prompts * self.config.actor_rollout_ref.rollout.n
         metrics["rollout/missing_responses"] = expected - len(batch)
         if self.run.seeded_rollout:
             # Rollouts finish in any order; which minibatch a response falls into must not depend on it.
             order = problems_and_samples(batch)
             batch.reorder(sorted(range(len(batch)), key=order.__getitem__))
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        if self.config.divergence.k:
-            shorten_padding_rows(batch)
+        shorten_padding_rows(batch, self.token_columns)
         return batch
+
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """The columns of a trajectory that are ours, with a row for each token."""
+        return TOPK_COLUMNS if self.config.divergence.k else ()
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
@@ -303,12 +326,19 @@ class TrustRegionTrainer(PPOTrainerSync):
         # A dump shows the skipped groups too.
         batch.extra_info[TRAIN_ALL_ROWS] = dump or self.run.train_all_rows
         batch.extra_info[DUMP_DIR] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump else ""
+        # The weights that generate are those of the end of the last step.
+        batch.extra_info[POLICY_VERSION] = self.global_steps - 1
+        batch.extra_info[CONTINUES] = self.local_trigger_step > 0
         progress.phase("update")
         batch = super()._update_actor(batch, metrics)
         for name in [name for name in metrics if name.removeprefix("actor/").startswith(_OUR_FAMILIES)]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         require_finite_gradient(metrics, self.global_steps)
         return batch
+
+
+class TrustRegionTrainer(TrustRegionTraining, PPOTrainerSync):
+    """In lockstep: a batch is generated, then trained, by turns on the same devices."""
 
 
 def _stored(buffer: ReplayBuffer) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The responses of a step in TransferQueue: their keys, groups and columns."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from cppo_verl.adapters.columns import RESPONSE_SEEDS, TOPK_COLUMNS
+from cppo_verl.adapters.columns import RESPONSE_SEEDS
 from cppo_verl.adapters.driver.step_metrics import accuracy
 from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
 
@@ -84,13 +85,13 @@ def spread(used: list[bool], lengths: list[int], ranks: int, minibatches: int) -
     return [row for part in parts for row in part]
 
 
-def shorten_padding_rows(batch: KVBatchMeta) -> None:
-    """verl's padding rows have one token, but whole copies of the fields that verl does not know."""
+def shorten_padding_rows(batch: KVBatchMeta, columns: Sequence[str]) -> None:
+    """verl's padding rows have one token, but whole copies of the fields that verl does not know: of ``columns``."""
     keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if is_padding(tag)]
-    if not keys:
+    if not keys or not columns:
         return
-    stored = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(TOPK_COLUMNS))
-    shortened = {name: torch.stack([row[:1] for row in stored[name].unbind()]) for name in TOPK_COLUMNS}
+    stored = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=list(columns))
+    shortened = {name: torch.stack([row[:1] for row in stored[name].unbind()]) for name in columns}
     tq.kv_batch_put(keys=keys, partition_id=batch.partition_id, fields=TensorDict(shortened, batch_size=len(keys)))
 
 

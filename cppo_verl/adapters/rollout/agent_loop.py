@@ -11,7 +11,7 @@ from pydantic import PrivateAttr
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK, TOPK_COLUMNS, TOPK_IDS
+from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, ROLLOUT_VERSION, TOPK, TOPK_COLUMNS, TOPK_IDS
 from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
 
 # verl's name of our agent loop.
@@ -22,7 +22,7 @@ _KEPT_PROMPTS = 10_000
 
 
 class TopKAgentLoopOutput(AgentLoopOutput):
-    """verl's output, with the Top-K columns beside it: ``extra_fields`` would be shipped to the reward workers too."""
+    """verl's output, with our columns beside it: ``extra_fields`` would be shipped to the reward workers too."""
 
     _columns: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
@@ -36,7 +36,7 @@ class TopKAgentLoopOutput(AgentLoopOutput):
         return result
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields of the trajectory; Top-K rows end where the response was cut."""
+        """The fields of the trajectory; our rows end where the response was cut."""
         fields = super().as_dict()
         length = len(fields["responses"])
         return fields | {name: rows[:length].clone() for name, rows in self._columns.items()}
@@ -86,16 +86,16 @@ class TrustRegionAgentLoop(SingleTurnAgentLoop):
         if k:
             sampling_params["extra_args"] = {TOPK: k}
         output = await super().run(sampling_params, priority=priority, **kwargs)
-        if not k:
-            return output
-        arrays = {name: output.extra_fields.pop(name, None) for name in TOPK_COLUMNS}
+        arrays = {name: output.extra_fields.pop(name, None) for name in (*TOPK_COLUMNS, ROLLOUT_VERSION)}
         columns = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
-        if not columns:
+        if k and TOPK_IDS not in columns:
             if output.response_ids:
                 raise RuntimeError(
                     "the vLLM server returned no Top-K log-probabilities; it is not cppo_verl's TopKServer"
                 )
             # Aborted before the first token.
-            columns = {TOPK_IDS: torch.empty(0, k, dtype=torch.int32), ROLLOUT_TOPK_LOG_PROB: torch.empty(0, k)}
-        log_prob = columns[ROLLOUT_TOPK_LOG_PROB].to(self._log_prob_dtype)
-        return TopKAgentLoopOutput.of(output, columns | {ROLLOUT_TOPK_LOG_PROB: log_prob})
+            columns |= {TOPK_IDS: torch.empty(0, k, dtype=torch.int32), ROLLOUT_TOPK_LOG_PROB: torch.empty(0, k)}
+        if k:
+            columns[ROLLOUT_TOPK_LOG_PROB] = columns[ROLLOUT_TOPK_LOG_PROB].to(self._log_prob_dtype)
+        trained = TOPK in kwargs
+        return TopKAgentLoopOutput.of(output, columns) if columns and trained else output

@@ -15,3 +15,8 @@ def response_seed(run_seed: int, step: int, problem: str, sample: int) -> int:
     """A 63-bit seed from (run seed, training step, problem key, sample number within the group)."""
     text = f"{run_seed}/{step}/{problem}/{sample}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def piece_seed(seed: int, piece: int) -> int:
+    """The seed of what a response goes on with after its ``piece``-th interruption."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{piece}".encode(), digest_size=8).digest(), "big") >> 1
