@@ -133,6 +133,11 @@ def check_async(config: DictConfig) -> Iterator[Problem]:
     mode, rollout = config.trainer.v1.trainer_mode, config.actor_rollout_ref.rollout
     if mode == "sync":
         return
+    if config.run.staleness:
+        yield about(
+            "run.staleness",
+            f"={config.run.staleness}: how far mode={mode} lies behind is its own affair; use mode=sync",
+        )
     if rollout.full_determinism:
         yield about(
             "actor_rollout_ref.rollout.full_determinism",

@@ -111,6 +111,7 @@ _RUN = {
     "run.seeded_rollout": SWITCH,
     "run.mask_std_0": SWITCH,
     "run.train_all_rows": SWITCH,
+    "run.staleness": count("steps", 0),
     "run.poll_interval": real(0, 60, above=True, what="seconds"),
     "run.stall_minutes": unset(real(0, above=True))._replace(
         wanted="minutes without progress that end the run, above 0, or null for never"

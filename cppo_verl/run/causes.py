@@ -56,6 +56,11 @@ _CAUSES = tuple(
             f"the memory of the machine is used up; {_MEMORY}",
         ),
         (
+            r"The current node timed out during startup",
+            "Ray's helper processes were not up within its 15 seconds, as where other programs keep every core busy; "
+            "end those, or start again when the machine has room",
+        ),
+        (
             r"Failed core proc\(s\): \{[^}]*: -9\b",
             f"vLLM's engine was killed (SIGKILL), as the kernel does where memory runs out (see dmesg); {_MEMORY}",
         ),

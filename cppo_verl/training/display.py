@@ -93,6 +93,7 @@ class RunDisplay:
             f"step {step:4d}/{total}",
             f"reward {float('nan') if (reward := line.get('critic/score/mean')) is None else reward:.3f}",
             _masked_text(line),
+            *([] if (age := line.get("staleness/mean")) is None else [f"stale {age:.2f}"]),
             f"{line.get('timing_s/step', 0.0):5.1f} s",
             f"ETA {int(left // 60)}m{int(left % 60):02d}s",
         ]

@@ -1,6 +1,7 @@
 """The seams to verl and vLLM: present in the installed packages and in both vLLM versions, and missed when they go."""
 
 import importlib.util
+import logging
 import subprocess
 import sys
 import zipfile
@@ -76,3 +77,22 @@ def test_another_verl_version_is_refused(monkeypatch):
     monkeypatch.setattr(compat, "version", lambda name: "0.9.2")
     with pytest.raises(compat.IncompatibleError, match=r"verl 0\.9\.2 is installed.*pip install verl==0\.9\.1"):
         compat.check()
+
+
+def test_verls_separate_async_logs_what_no_logger_takes(caplog):
+    """When the first part fails verl has mended it, and ``compat.let_separate_async_log`` can go."""
+    import inspect
+
+    from verl.trainer.ppo.v1 import trainer_separate_async
+
+    assert "flush=True" in inspect.getsource(trainer_separate_async.PPOTrainerSeparateAsync._setup)
+    with pytest.raises(TypeError, match="flush"):
+        logging.getLogger("verl").info("x", flush=True)
+    stock = trainer_separate_async.logger
+    try:
+        compat.let_separate_async_log()
+        with caplog.at_level(logging.INFO):
+            trainer_separate_async.logger.info("disabled", flush=True)
+        assert "disabled" in caplog.text
+    finally:
+        trainer_separate_async.logger = stock

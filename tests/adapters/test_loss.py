@@ -94,6 +94,8 @@ def test_statistics_by_hand():
             "trust_region/masked_positive": 2 / 3,
             "trust_region/masked_negative": 1.0,
             "trust_region/prefix_share": 2 / 3,
+            # log pi is above log mu everywhere: the one negative advantage lowers it.
+            "trust_region/towards_rollout": 1 / 5,
             "trust_region/gate": 2.5 / 5,
             "trust_region/delta_b": 0.03,
             "trust_region/loss": -2.0,
@@ -113,3 +115,44 @@ def test_statistics_by_hand():
         },
         rel=1e-6,
     )
+
+
+def test_statistics_by_age():
+    from cppo_verl.adapters.actor.token_statistics import TokenStatistics
+    from cppo_verl.methods import Outcome, Tokens
+
+    divergence = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.7, 9.0, 9.0]])
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    log_mu = torch.full((2, 4), -1.0)
+    tokens = Tokens(log_mu, log_mu, torch.ones(2, 4), valid, divergence)
+    gate = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.5, 1.0, 0.0, 0.0]])
+    outcome = Outcome(torch.zeros(2, 4), gate, torch.zeros(2, 4).bool(), None)
+    age = torch.tensor([[2, 2, 0, 0], [1, 6, 0, 0]])
+    statistics = TokenStatistics()
+    statistics.add(tokens, outcome, None, first_minibatch=True, age=age)
+    found = {
+        name.removeprefix("staleness/"): value
+        for name, value in statistics.metrics().items()
+        if name.startswith("staleness/")
+    }
+    assert found == pytest.approx(
+        {
+            "mean": 11 / 6,
+            "tokens_age_0": 2 / 6,
+            "tokens_age_1": 1 / 6,
+            "tokens_age_2": 2 / 6,
+            "tokens_age_3": 0,
+            "tokens_age_4_or_more": 1 / 6,
+            "divergence_age_0": 0.35,
+            "divergence_age_1": 0.5,
+            "divergence_age_2": 0.15,
+            "divergence_age_4_or_more": 0.7,
+            "masked_age_0": 1 / 2,
+            "masked_age_1": 1.0,
+            "masked_age_2": 1 / 2,
+            "masked_age_4_or_more": 0.0,
+        }
+    )
+    in_lockstep = TokenStatistics()
+    in_lockstep.add(tokens, outcome, None, first_minibatch=True)
+    assert not any("staleness" in name for name in in_lockstep.metrics())

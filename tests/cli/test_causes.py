@@ -99,6 +99,12 @@ CASES = {
         DIED,
         "cause: vLLM's engine was killed (SIGKILL), as the kernel does where memory runs out (see dmesg)",
     ),
+    "a machine too busy for Ray": (
+        "Exception: The current node timed out during startup. This could happen because some of the raylet failed to "
+        "startup or the GCS has become overloaded.\n",
+        ("Exception", "The current node timed out during startup."),
+        "cause: Ray's helper processes were not up within its 15 seconds, as where other programs keep every core busy",
+    ),
     "Ray's": (
         "(raylet) 1 worker(s) were killed due to the node running low on memory. Refer to the documentation on how to "
         "address the out of memory issue: https://docs.ray.io/en/latest/x.html.\n",

@@ -152,7 +152,7 @@ REFUSED = [
     (["divergence=js"], "divergence=js: there is no such divergence; choose one of binary_kl"),
     (["method.detla=0.2"], "method.detla: there is no such setting, did you mean method.delta or method.delta_b?"),
     (["method=grpo", "method.delta=0.2"], "there is no such setting; method=grpo has eps_low, eps_high, name"),
-    (["metod=grpo"], "metod: there is no such setting, did you mean method?"),
+    (["metod=grpo"], "metod: there is no such setting, did you mean method or mode?"),
     (["delta=0.2"], "delta: there is no such setting, did you mean method.delta or"),
     (["actor_rollout_ref.actor.optim.lrr=1"], "did you mean actor_rollout_ref.actor.optim.lr? (+actor_rollout_ref"),
     (["foo.bar=1"], "foo.bar: there is no such setting"),
@@ -196,6 +196,19 @@ REFUSED = [
         ["trainer.total_training_steps=abc"],
         "trainer.total_training_steps=abc: give a number of steps, 1 or more, or null",
     ),
+    (["trainer.v1.trainer_mode=hybrid"], "choose one of sync, colocate_async, separate_async by mode="),
+    (["mode=async"], "there is no such mode; choose one of colocate_async, separate_async, sync"),
+    (["mode=colocate_async", "run.staleness=1"], "run.staleness=1: how far mode=colocate_async lies behind"),
+    (["run.staleness=-1"], "run.staleness=-1: give a number of steps, 0 or more"),
+    (["mode=colocate_async", "actor_rollout_ref.rollout.full_determinism=true"], "set false, or mode=sync"),
+    (["mode=separate_async", "data.train_batch_size=48"], "are not data.train_batch_size=48; give 6"),
+    (["mode=separate_async", "actor_rollout_ref.rollout.n_gpus_per_node=0"], "give the servers devices of their own"),
+    (
+        ["mode=separate_async", "actor_rollout_ref.rollout.checkpoint_engine.backend=naive"],
+        "it reaches servers on the training devices only",
+    ),
+    (["mode=separate_async", "actor_rollout_ref.rollout.nnodes=2"], "actor and servers must be on one node"),
+    (["trainer.v1.sampler.max_off_policy_strategy=keep"], "give one of drop, wait"),
     (["actor_rollout_ref.actor.grad_clip=0.5"], "set actor_rollout_ref.actor.optim.clip_grad"),
     (["actor_rollout_ref.model.path=/no/such/model"], "actor_rollout_ref.model.path=/no/such/model does not exist"),
     (["actor_rollout_ref.model.path=null"], "actor_rollout_ref.model.path is not set"),
@@ -344,3 +357,17 @@ def test_malformed_data_file(base, tmp_path, columns, message):
     else:
         write(path, **columns)
     assert message in refusal([*base, f"data.train_files={path}"])
+
+
+def test_modes_in_which_generation_and_training_overlap(base):
+    lockstep, beside = (configuration.compose([*base, *mode]) for mode in ([], ["mode=separate_async"]))
+    assert lockstep.trainer.v1.trainer_mode == "sync"
+    assert lockstep.ray_kwargs.ray_init.num_gpus == 1
+    validate(beside)
+    engine = beside.actor_rollout_ref.rollout.checkpoint_engine
+    assert (engine.backend, engine.custom_backend_module) == ("shared_memory", "cppo_verl.adapters.cpu.weights")
+    assert beside.ray_kwargs.ray_init.num_gpus == 2  # slots: a trainer's and a server's
+    on_gpus = configuration.compose(["platform=gpu", "mode=separate_async"]).actor_rollout_ref
+    assert on_gpus.rollout.checkpoint_engine.backend == "nccl"
+    assert not on_gpus.hybrid_engine
+    validate(configuration.compose([*base, "mode=colocate_async"]))

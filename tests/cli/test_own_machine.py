@@ -159,13 +159,22 @@ def nodes(*resources):
     ]
 
 
-def wants(nnodes, devices):
-    return SimpleNamespace(trainer=SimpleNamespace(nnodes=nnodes, n_gpus_per_node=devices))
+def wants(nnodes, devices, generating=0):
+    mode = "separate_async" if generating else "sync"
+    trainer = SimpleNamespace(nnodes=nnodes, n_gpus_per_node=devices, v1=SimpleNamespace(trainer_mode=mode))
+    rollout = SimpleNamespace(nnodes=1, n_gpus_per_node=generating)
+    return SimpleNamespace(trainer=trainer, actor_rollout_ref=SimpleNamespace(rollout=rollout))
 
 
 def test_a_cluster_with_room():
     require_room(wants(2, 8), nodes((8, 96, True), (8, 96, True)))
     require_room(wants(1, 1), nodes((1, 4, True)))
+    require_room(wants(1, 8, generating=8), nodes((8, 96, True), (8, 96, True)))
+
+
+def test_a_cluster_without_room_for_servers_of_their_own():
+    with pytest.raises(RuntimeError, match=r"asks for 8 GPUs to train and 8 to generate .* 10.0.0.0: 8 GPUs"):
+        require_room(wants(1, 8, generating=8), nodes((8, 96, True)))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
         from verl.utils.logging_utils import configure_verl_logging
 
         from cppo_verl.adapters.driver import resampling
-        from cppo_verl.adapters.driver.modes import TRAINERS
+        from cppo_verl.adapters.driver.modes import trainer_of
         from cppo_verl.adapters.rollout import registration
 
         progress.report("driver")  # in a process of its own on GPUs
@@ -55,7 +55,7 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
         RunLog(f"{config.run.dir}/{config.run.name}").event("starting workers")
         succeeded = False
         try:
-            self.trainer = (self.trainer_class or TRAINERS[config.trainer.v1.trainer_mode])(config=config)
+            self.trainer = (self.trainer_class or trainer_of(config))(config=config)
             self.trainer.init()
             self.init_agent_loop_manager()
             self.fit(config)

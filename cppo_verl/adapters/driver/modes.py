@@ -3,15 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from omegaconf import DictConfig
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
+from verl.utils.debug import marked_timer
 from verl.workers.rollout.llm_server import LLMServerClient
 
 from cppo_verl.adapters import compat
+from cppo_verl.adapters.actor.stale_worker import StaleActorWorker
 from cppo_verl.adapters.columns import ROLLOUT_VERSION
 from cppo_verl.adapters.driver.trainer import TrustRegionTrainer, TrustRegionTraining
 from cppo_verl.adapters.rollout.partial import DirectPartialRolloutClient, PartialRolloutClient
 from cppo_verl.grading import OUTCOMES
+from cppo_verl.run import progress
 
 
 class AsyncTraining(TrustRegionTraining):
@@ -52,6 +56,47 @@ class SeparateAsyncTrainer(AsyncTraining, PPOTrainerSeparateAsync):
         return batch
 
 
+class StaleTrainer(AsyncTraining, PPOTrainerSync):
+    """In lockstep, but the servers generate with the weights of ``run.staleness`` steps ago; for experiments.
+
+    A run, or what is resumed of one, begins with what it has: the first steps are less stale.
+    """
+
+    worker = StaleActorWorker
+
+    def on_init_end(self) -> None:
+        self._versions = [self.global_steps]
+        self.actor_rollout_wg.save_model_to_cpu(self.global_steps)
+        super().on_init_end()
+
+    def on_step_end(self) -> None:
+        self._versions.append(self.global_steps)
+        self.actor_rollout_wg.save_model_to_cpu(self.global_steps)
+        while len(self._versions) > self.run.staleness + 1:
+            self.actor_rollout_wg.clear_cpu_model(self._versions.pop(0))
+        with marked_timer("update_weights", self.timing_raw, color="red"):
+            self._send(self._versions[0])
+
+    def on_validate_begin(self) -> None:
+        super().on_validate_begin()
+        self.checkpoint_manager.sleep_replicas()
+        self._send(self._versions[-1])
+
+    def on_validate_end(self) -> None:
+        self.checkpoint_manager.sleep_replicas()
+        self._send(self._versions[0])
+
+    def _send(self, version: int) -> None:
+        """To servers that sleep."""
+        progress.phase("weight sync")
+        newest = self._versions[-1]
+        if version != newest:
+            self.actor_rollout_wg.restore_model_from_cpu(version)
+        self.checkpoint_manager.update_weights(version)
+        if version != newest:
+            self.actor_rollout_wg.restore_model_from_cpu(newest)
+
+
 # What adds up over the updates of a step; the actor's token metrics go on from update to update (``CONTINUES``).
 _COUNTS = (
     *(f"grading/{name}" for name in OUTCOMES),
@@ -78,3 +123,7 @@ TRAINERS: dict[str, type[TrustRegionTraining]] = {
     "colocate_async": ColocateAsyncTrainer,
     "separate_async": SeparateAsyncTrainer,
 }
+
+
+def trainer_of(config: DictConfig) -> type[TrustRegionTraining]:
+    return StaleTrainer if config.run.staleness else TRAINERS[config.trainer.v1.trainer_mode]
