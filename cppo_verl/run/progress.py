@@ -88,6 +88,15 @@ class Progress:
             faulthandler.register(SIGNAL, file=stacks, all_threads=True)
         threading.Thread(target=self._write, args=(base.with_name(base.name + ".json"),), daemon=True).start()
 
+    def report_in_forks(self) -> None:
+        """Processes that this one forks report as well; what they inherit of it stands still."""
+
+        def begin() -> None:
+            self._lock.release()
+            self.report()
+
+        os.register_at_fork(before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=begin)
+
     def _write(self, path: Path) -> None:
         written, temporary = None, path.with_suffix(".new")
         while True:
@@ -102,6 +111,7 @@ class Progress:
 
 _here = Progress()
 phase, advance, doing, report = _here.phase, _here.advance, _here.doing, _here.report
+report_in_forks = _here.report_in_forks
 
 
 def counting(read: Callable[[], None], size: Callable[[], Any]) -> Callable[[], None]:

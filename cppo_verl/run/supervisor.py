@@ -42,6 +42,8 @@ _ENVIRONMENT = {
     # A Ray job and the run in it may name the same variable: without this Ray refuses that.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray keeps what became of the last 100,000 calls for `ray list tasks`: half a MiB a step, until it has them.
+    "RAY_task_events_report_interval_ms": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
 }

@@ -6,9 +6,20 @@ from soak import compare, soak
 MIB = 2**20
 
 
-def samples(memory, files, attempt=1):
+def samples(memory, files, processes=lambda _: 1, role="actor"):
+    """Of each of the processes."""
     return [
-        {"attempt": attempt, "step": step, "roles": {"actor": {"memory": memory(step) * MIB, "files": files(step)}}}
+        {
+            "attempt": 1,
+            "step": step,
+            "roles": {
+                role: {
+                    "memory": memory(step) * MIB * processes(step),
+                    "files": files(step) * processes(step),
+                    "processes": processes(step),
+                }
+            },
+        }
         for step in range(1, 101)
     ]
 
@@ -18,8 +29,11 @@ def test_what_grows_is_seen():
     flat = compare(samples(lambda _: 500, lambda _: 40), steady)
     assert (flat["processes"]["actor"]["grew"], flat["slower"]) == (False, False)
     leak = compare(samples(lambda step: 500 + step, lambda _: 40), steady)
-    assert leak["processes"]["actor"] == {"mib": [530.5, 590.5], "files": [40, 40], "grew": True}
-    assert compare(samples(lambda _: 500, lambda step: 40 + step // 50), steady)["processes"]["actor"]["grew"]
+    assert leak["processes"]["actor"] == {"processes": [1, 1], "mib": [530.5, 590.5], "files": [40, 40], "grew": True}
+    assert compare(samples(lambda _: 500, lambda step: 40 + step // 20), steady)["processes"]["actor"]["grew"]
+    more = [lambda _: 500, lambda _: 40, lambda step: 1 + step // 60]
+    assert compare(samples(*more), steady)["processes"]["actor"]["grew"]
+    assert not compare(samples(*more, role="grading.worker"), steady)["processes"]["grading.worker"]["grew"]
     assert compare(samples(lambda _: 500, lambda _: 40), {step: 6 + step / 50 for step in steady})["slower"]
 
 

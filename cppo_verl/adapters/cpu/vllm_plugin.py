@@ -1,10 +1,14 @@
 """Ours in every process of vLLM (``vllm.general_plugins`` entry point: called before a model is built)."""
 
+import multiprocessing
 import os
 from typing import Any
 
 from cppo_verl.adapters import store
 from cppo_verl.run import progress
+
+# vLLM's: how its processes start others.
+_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 def register() -> None:
@@ -18,6 +22,11 @@ def register() -> None:
     store.listen_on_its_host()
     if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
         return
+    if multiprocessing.parent_process() is not None and os.environ.get(_METHOD) == "spawn":
+        # vLLM itself forks its workers, but where its server is a Ray actor, which cannot be forked, all that the
+        # server starts is told to spawn; the engine is none, and its worker need not import everything again.
+        os.environ[_METHOD] = "fork"
+        progress.report_in_forks()
     import torch
     import vllm.model_executor.layers.utils as layers
 
