@@ -6,7 +6,8 @@ Trains the quickstart's task (ASSETS: made by python -m cppo_verl.quickstart; de
 memory and open files of every process of the run after each step in FOLDER/samples.jsonl. FOLDER/result.json compares
 the last fifth of the steps with the second, for the processes of each kind: they may not hold over 5% and 8 MiB more
 each, not have over two files more open, and not be more (but for grading workers, of which a reward worker starts up to
-four as it needs them); a step may take 10% longer. Given again after an interruption the run goes on; what is compared is the longest attempt.
+four as it needs them); a step may take 10% longer. Given again after an interruption the run goes on; what is compared
+is the longest attempt.
 """
 
 import argparse

@@ -5,11 +5,10 @@ one machine here, whose memory both see. Loaded by ``rollout.checkpoint_engine.c
 """
 
 import asyncio
-import shutil
-import tempfile
+import fcntl
+import os
 import time
 from collections.abc import AsyncIterator, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 
 from cppo_verl.adapters import store
-from cppo_verl.run.machine import SHARED_MEMORY
 
 _LONGEST_WAIT = 600  # seconds, for all weights to be gathered and written
 
@@ -25,6 +23,8 @@ _LONGEST_WAIT = 600  # seconds, for all weights to be gathered and written
 @CheckpointEngineRegistry.register("shared_memory")
 class SharedMemoryCheckpointEngine(CheckpointEngine):
     """The first actor rank writes all weights to a file in memory, which the servers' workers map.
+
+    The file has no name and ends with its processes, however they end; other users cannot open it.
 
     Args:
         bucket_size: verl's, not needed here.
@@ -34,40 +34,47 @@ class SharedMemoryCheckpointEngine(CheckpointEngine):
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:
         store.listen_on_its_host()  # verl's worker beside a server opens a store next
         self._is_master = is_master
-        self._folder = Path()
+        self._file, self._path = -1, ""
 
     def prepare(self) -> str | None:
-        """The first rank's new folder, which only this user can read."""
-        return tempfile.mkdtemp(prefix="cppo-weights-", dir=SHARED_MEMORY) if self._is_master else None
+        """Where the others find the first rank's new file."""
+        if not self._is_master:
+            return None
+        self.finalize()  # what a sync that failed has left
+        self._file = os.memfd_create("cppo-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        return f"/proc/{os.getpid()}/fd/{self._file}"
 
     @classmethod
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[str | None]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        folder = next(name for name in metadata if name)
-        return {"folder": [folder] * actor_wg_world_size}, {"folder": [folder] * rollout_world_size}
+        path = next(name for name in metadata if name)
+        return {"path": [path] * actor_wg_world_size}, {"path": [path] * rollout_world_size}
 
-    def init_process_group(self, folder: str) -> None:
-        self._folder = Path(folder)
+    def init_process_group(self, path: str) -> None:
+        self._path = path
 
     async def send_weights(self, weights: Iterable[tuple[str, Tensor]], global_steps: int | None = None) -> None:
         # Every rank takes part in gathering them.
         gathered = {name: tensor.detach().cpu().clone() for name, tensor in weights if self._is_master}
         if self._is_master:
-            torch.save(gathered, self._folder / "partial")
-            (self._folder / "partial").rename(self._folder / "weights")
+            with open(self._file, "wb", closefd=False) as file:
+                torch.save(gathered, file)
+            fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)  # complete
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, Tensor]]:
         """Raises TimeoutError where the actor has written none."""
         until = time.monotonic() + _LONGEST_WAIT
-        while not (self._folder / "weights").exists():
-            if time.monotonic() > until:
-                raise TimeoutError(f"the actor has not written the weights of step {global_steps} to {self._folder}")
-            await asyncio.sleep(0.01)
-        weights = torch.load(self._folder / "weights", mmap=True, weights_only=True)
+        with open(self._path, "rb") as file:
+            while not fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"the actor has not written the weights of step {global_steps}")
+                await asyncio.sleep(0.01)
+        weights = torch.load(self._path, mmap=True, weights_only=True)
         for name in list(weights):
             yield name, weights.pop(name)
 
     def finalize(self) -> None:
-        if self._is_master:
-            shutil.rmtree(self._folder)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1

@@ -41,7 +41,7 @@ class SeparateAsyncTrainer(AsyncTraining, PPOTrainerSeparateAsync):
         super()._setup()
 
     def get_llm_client(self) -> LLMServerClient:
-        return self.standalone_server_manager.get_client(self.client)
+        return self._client_of(self.standalone_server_manager, alone=not self._enable_hybrid_replicas)
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         self._updates: list[dict[str, Any]] = []

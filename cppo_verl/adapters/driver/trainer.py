@@ -23,7 +23,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.tracking import Tracking
-from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.llm_server import LLMServerClient, LLMServerManager
 
 from cppo_verl.adapters.actor.worker import TrustRegionActorWorker
 from cppo_verl.adapters.columns import (
@@ -154,8 +154,11 @@ class TrustRegionTraining(PPOTrainer):
         return buffer
 
     def get_llm_client(self) -> LLMServerClient:
-        servers = self.llm_server_manager
-        if len(servers.server_handles) > 1:
+        return self._client_of(self.llm_server_manager, alone=True)
+
+    def _client_of(self, servers: LLMServerManager, alone: bool) -> LLMServerClient:
+        """For agent loops. ``alone``: no other servers will join these behind their load balancer."""
+        if not alone or len(servers.server_handles) > 1:
             return servers.get_client(self.client)
         # Before it has imported all of verl.
         ray.kill(servers.global_load_balancer)
