@@ -14,7 +14,7 @@ _EXCEPTION = re.compile(r"^((?!ray\.exceptions\.RayTaskError)[\w.]*(?:Error|Exce
 _FOLLOWING = re.compile(
     r"EngineDeadError|EngineCore encountered an issue|Engine core initialization failed|"
     r"WorkerProc initialization failed|Worker failed with error|Executor failed|ActorDiedError|ActorUnavailableError|"
-    r"WorkerCrashedError|RayTaskError|The actor died|died unexpectedly"
+    r"WorkerCrashedError|RayTaskError|The actor died|died unexpectedly|The current node timed out during startup"
 )
 
 

@@ -49,7 +49,7 @@ class Failure:
     def _cause(self) -> str | None:
         """What led to the failure, where the event does not say: a known cause, else a worker's first exception."""
         said = f"{self._event['error']}: {self._event['message']}" if self._event else ""
-        if known_cause(said.splitlines()):
+        if known_cause(said.splitlines()) and not is_following(said):
             return None
         if cause := known_cause(plain_lines(self.log_file)):
             return cause

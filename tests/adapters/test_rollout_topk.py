@@ -161,7 +161,7 @@ def test_rows_survive_the_queue_reordering_and_verls_padding(queue, lengths, dty
     from transfer_queue import KVBatchMeta
     from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 
-    from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_IDS
+    from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK_COLUMNS, TOPK_IDS
     from cppo_verl.adapters.driver.trajectories import shorten_padding_rows
 
     trajectories = [trajectory(length, seed=row, dtype=dtype) for row, length in enumerate(lengths)]
@@ -173,7 +173,7 @@ def test_rows_survive_the_queue_reordering_and_verls_padding(queue, lengths, dty
     batch = upsample_batch_to_divisible_size(batch, 4, eos_token_id=0)
     order = [6, 3, 0, 7, 2, 5, 4, 1]
     batch.reorder(order)
-    shorten_padding_rows(batch)
+    shorten_padding_rows(batch, TOPK_COLUMNS)
     data = queue.kv_batch_get(keys=batch.keys, partition_id="train")
     for row, source in enumerate(order):
         found, log_probs = data[TOPK_IDS][row], data[ROLLOUT_TOPK_LOG_PROB][row]

@@ -170,7 +170,6 @@ REFUSED = [
     (["actor_rollout_ref.rollout.top_p=0.9"], "actor_rollout_ref.rollout.top_p=0.9"),
     (["actor_rollout_ref.rollout.top_k=20"], "top_k=20: training samples must come from the whole softmax"),
     (["trainer.use_v1=false"], "trainer.use_v1=false: verl's V0 trainer"),
-    (["trainer.v1.trainer_mode=colocate_async"], "only sync is supported"),
     (["algorithm.rollout_correction.bypass_mode=false"], "bypass_mode=false: the trust region is anchored"),
     (["algorithm.adv_estimator=gae"], "advantages are group-relative; use grpo"),
     (["actor_rollout_ref.model.use_fused_kernels=true"], "fused kernels need a GPU"),

@@ -56,7 +56,8 @@ class TrustRegionToolLoop(ToolAgentLoop):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.server_manager = self._turns = _Turns(self.server_manager)
+        self._turns = _Turns(vars(self)["server_manager"])
+        self.server_manager = self._turns
         # For each token of the response the number of its row, 0 for none; and the same before the last tool answered.
         self._rows: list[float] = []
         self._rows_before: list[float] = []
