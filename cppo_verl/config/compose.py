@@ -30,7 +30,7 @@ _NODES = (
     *("run", "data", "method", "divergence", "thresholds", "algorithm", "algorithm.rollout_correction"),
     *("actor_rollout_ref", "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"),
     "actor_rollout_ref.rollout.checkpoint_engine",
-    *("reward", "reward.custom_reward_function", "trainer", "ray_kwargs", "ray_kwargs.ray_init"),
+    *("reward", "reward.custom_reward_function", "trainer", "trainer.v1", "ray_kwargs", "ray_kwargs.ray_init"),
 )
 
 
@@ -188,9 +188,10 @@ def _fill_in_run(config: DictConfig) -> None:
     if trainer.device == "cpu" and trainer.v1.trainer_mode == "separate_async":
         if engine.backend == "nccl":
             engine.backend, engine.custom_backend_module = "shared_memory", "cppo_verl.adapters.cpu.weights"
-        slots, devices = config.ray_kwargs.ray_init, server_devices(config)
-        if slots.get("num_gpus") == trainer.n_gpus_per_node and isinstance(devices, int):
-            slots.num_gpus += devices
+        slots, rollout = config.ray_kwargs.ray_init, config.actor_rollout_ref.rollout
+        counts = (trainer.n_gpus_per_node, rollout.nnodes, rollout.n_gpus_per_node)
+        if all(isinstance(count, int) for count in counts) and slots.get("num_gpus") == trainer.n_gpus_per_node:
+            slots.num_gpus += server_devices(config)
     reward = config.reward.custom_reward_function
     if isinstance(reward.path, str) and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)
