@@ -9,8 +9,8 @@ bin=${VENV:-.venv}/bin
 # What starts the whole stack or measures time has the machine to itself, after all others, which run two at a time.
 both_parts() { # both_parts marker
   local status=0
-  "$bin/python" -m pytest -m "$1" -n 2 --dist loadfile --ignore tests/live --ignore tests/bench || status=$?
-  "$bin/python" -m pytest -m "$1" tests/live tests/bench || status=$?
+  "$bin/python" -m pytest -m "$1 and not alone" -n 2 --dist loadfile || status=$?
+  "$bin/python" -m pytest -m "$1 and alone" || status=$?
   exit "$status"
 }
 

@@ -6,6 +6,16 @@ import time
 import pytest
 from small_run import base_overrides, make_assets
 
+LAST = ("test_eval.py", "test_async.py")  # whole runs, killed and resumed: the first to go where time is short
+
+
+def pytest_collection_modifyitems(items):
+    """What starts the whole stack or measures time is marked `alone`; the longest tests come last."""
+    for item in items:
+        if {"live", "bench"} & set(item.path.parts):
+            item.add_marker("alone")
+    items.sort(key=lambda item: LAST.index(item.path.name) if item.path.name in LAST else -1)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):

@@ -113,7 +113,8 @@ class WorkerPool:
     def ask(self, question: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The reply to one question, on a worker that is killed if it takes longer than `timeout` seconds.
 
-        A worker found dead is replaced and the question asked once more, within what is left of its time.
+        A worker found dead is replaced and the question asked once more, within what is left of its time; the start
+        of the new one is not counted.
 
         Raises:
             WorkerTimeout, WorkerDied, RuntimeError, OSError: as `Worker` does.
@@ -126,8 +127,8 @@ class WorkerPool:
             except WorkerDied:
                 if is_new:
                     raise
-            worker = self._start()
-            return self._ask(worker, question, max(0.0, timeout - (time.monotonic() - started)))
+                left = max(0.0, timeout - (time.monotonic() - started))
+            return self._ask(self._start(), question, left)
 
     def close(self) -> None:
         """Kill every worker; the pool may be used again."""

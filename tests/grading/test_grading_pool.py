@@ -14,6 +14,8 @@ from pressure import HANGS, NEEDS_ALGEBRA, assert_unharmed, pressure
 
 from cppo_verl.grading import grade, pool
 
+pytestmark = pytest.mark.alone  # time limits of a second, kept while 24 threads ask
+
 QUESTION = {"gold": "34", "sides": [("2 \\cdot 17", False)]}
 
 ROOT = pathlib.Path(pool.__file__).parents[2]
@@ -39,7 +41,7 @@ def test_hostile_answers_harm_nobody_in_ray_actors():
 
             return pressure()
 
-        for result in ray.get([reward_worker.remote() for _ in range(2)], timeout=180):
+        for result in ray.get([reward_worker.remote() for _ in range(2)], timeout=400):
             assert_unharmed(result)
     finally:
         ray.shutdown()
@@ -84,6 +86,15 @@ def test_a_worker_killed_between_questions_is_replaced(workers):
     os.kill(first, signal.SIGKILL)
     assert workers.ask(QUESTION, 5.0) == {"right": True}
     assert _pids(workers) != [first]
+
+
+def test_the_start_of_a_replacement_is_not_taken_from_the_time_of_the_answer(workers, monkeypatch):
+    """On a busy node that start takes longer than an answer may."""
+    workers.ask(QUESTION, 5.0)
+    os.kill(_pids(workers)[0], signal.SIGKILL)
+    start = workers._start
+    monkeypatch.setattr(workers, "_start", lambda: (time.sleep(1.5), start())[1])
+    assert workers.ask(QUESTION, 1.5) == {"right": True}
 
 
 def test_a_worker_over_time_is_killed_and_the_next_question_answered(workers):
