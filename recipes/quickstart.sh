@@ -26,6 +26,7 @@ settings=(
 if [[ ! $dry ]]; then
   # A mistyped setting is told before the warm-up, not after it.
   checked=$("$bin/cppo" train "${settings[@]}" "$@" --dry-run 2>&1 >/dev/null) || { echo "$checked" >&2 && exit 2; }
-  "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed"
+  # shellcheck disable=SC2086 # TASK holds flags: recipes/tools.sh has another task
+  "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed" ${TASK:-}
 fi
 exec "$bin/cppo" train "${settings[@]}" "$@"

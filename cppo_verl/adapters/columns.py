@@ -24,6 +24,10 @@ POLICY_VERSION = "policy_version"
 # In a trajectory's extra_fields: the response ended at its longest length. verl's own stop reason does not tell.
 TRUNCATED = "truncated"
 
+# In a trajectory's extra_fields, where there are tools: how often the model called one, and how often that failed.
+TOOL_CALLS = "tool_calls"
+TOOL_ERRORS = "tool_errors"
+
 # A column of a training batch: one seed a response, int64 [B].
 RESPONSE_SEEDS = "response_seeds"
 

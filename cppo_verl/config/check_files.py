@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cppo_verl.checkpoint.find import has_weights
 from cppo_verl.config.rows import inspect_rows
@@ -183,7 +183,8 @@ def check_reward(config: DictConfig) -> Iterator[Problem]:
     elif not Path(path.removeprefix("file://")).is_file():
         yield about(f"{key}.path", f"={path} does not exist")
     else:
-        yield from _check_reward_file(Path(path.removeprefix("file://")), config.reward.custom_reward_function.name)
+        file, name = Path(path.removeprefix("file://")), config.reward.custom_reward_function.name
+        yield from _check_python(f"{key}.path", file, name, f"{key}.name", f"={name}: {file} does not define it")
     overlong, longest = config.reward.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
     if overlong.enable and not 0 < overlong.len <= longest:
         yield about(
@@ -199,13 +200,30 @@ def _importable(module: str) -> bool:
         return False
 
 
-def _check_reward_file(path: Path, name: str) -> Iterator[Problem]:
-    """Read, not run: the function may need what only the reward workers have."""
+def _check_python(key: str, path: Path, name: str, name_key: str, lacking: str) -> Iterator[Problem]:
+    """Read, not run: the file may need what only the workers have."""
     try:
         text = path.read_text()
         ast.parse(text, str(path))
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
-        yield about("reward.custom_reward_function.path", f"={path} is not Python: {error}")
+        yield about(key, f"={path} is not Python: {error}")
         return
     if not re.search(rf"\b{re.escape(name)}\b", text):
-        yield about("reward.custom_reward_function.name", f"={name}: {path} does not define it")
+        yield about(name_key, lacking)
+
+
+def check_tools(config: DictConfig) -> Iterator[Problem]:
+    """An agent loop with tools has some, and tools have an agent loop."""
+    rollout = config.actor_rollout_ref.rollout
+    loop, loop_key = rollout.agent.default_agent_loop, "actor_rollout_ref.rollout.agent.default_agent_loop"
+    keys = [f"actor_rollout_ref.rollout.multi_turn.{name}" for name in ("function_tool_path", "tool_config_path")]
+    given = {key: Path(path) for key in keys if (path := OmegaConf.select(config, key)) is not None}
+    if loop == "cppo_tool_agent" and not given:
+        yield about(keys[0], f" is not set: {loop_key}={loop} needs a file of tools, here or in tool_config_path")
+    if loop == "cppo_single_turn" and given:
+        yield about(loop_key, f"={loop} uses no tools, but {next(iter(given))} is set; give cppo_tool_agent")
+    for key, path in given.items():
+        if not path.is_file():
+            yield about(key, f"={path} does not exist")
+        elif key == keys[0]:
+            yield from _check_python(key, path, "function_tool", key, f"={path} has no function with @function_tool")

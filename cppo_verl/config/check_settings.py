@@ -193,10 +193,11 @@ def check_rollout(config: DictConfig) -> Iterator[Problem]:
     if rollout.logprobs_mode != "processed_logprobs":
         yield about("actor_rollout_ref.rollout.logprobs_mode", f"={rollout.logprobs_mode}: must be processed_logprobs")
     yield from _check_length(config)
-    if rollout.agent.default_agent_loop != "cppo_single_turn":
+    if rollout.agent.default_agent_loop not in ("cppo_single_turn", "cppo_tool_agent"):
         yield about(
             "actor_rollout_ref.rollout.agent.default_agent_loop",
-            f"={rollout.agent.default_agent_loop}: only cppo_single_turn asks for what the trust region needs",
+            f"={rollout.agent.default_agent_loop}: only cppo_single_turn and cppo_tool_agent ask for what the trust "
+            "region needs",
         )
     # Shorter than the longest prompt alone it may do, where the data's prompts are short; the dry run warns.
     length, sizes = rollout.max_model_len, (config.data.max_prompt_length, config.data.max_response_length)

@@ -49,7 +49,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     if not any(override.startswith("platform=") for override in overrides):
         recipes = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
         # Every other recipe is for GPUs, wherever it is planned.
-        on_any = not recipes or recipes[-1] in ("quickstart", "small", "null")
+        on_any = not recipes or recipes[-1] in ("quickstart", "tools", "small", "null")
         chosen.append(f"platform={'gpu' if has_gpu() or not on_any else 'cpu'}")
     # The same folder as pkg://verl.trainer.config, found without importing verl (5 s).
     chosen.append(f"hydra.searchpath=['file://{verl_config_dir()}']")
@@ -195,6 +195,10 @@ def _fill_in_run(config: DictConfig) -> None:
     reward = config.reward.custom_reward_function
     if isinstance(reward.path, str) and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)
+    turns = config.actor_rollout_ref.rollout.multi_turn
+    turns.function_tool_path, turns.tool_config_path = map(
+        _absolute, (turns.function_tool_path, turns.tool_config_path)
+    )
     for key in ("train_files", "val_files"):
         files = config.data[key]
         if isinstance(files, ListConfig):

@@ -96,6 +96,9 @@ _KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 _STRAIGHT = ("kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+", "full+")  # with a straight-through gradient
 _IGNORED = "verl ignores it where algorithm.rollout_correction.bypass_mode=true, as here"
 
+# How models write a call: verl's parsers (a test compares).
+TOOL_FORMATS = ("deepseek_v4", "gemma4", "glm", "gpt-oss", "hermes", "kimi", "minimax", "qwen3_coder", "seed")
+
 _THRESHOLDS = {
     f"thresholds.{unit}.{name}": rule
     for unit in ("tv", "kl")
@@ -113,6 +116,7 @@ _RUN = {
     "run.train_all_rows": SWITCH,
     "run.staleness": count("steps", 0),
     "run.poll_interval": real(0, 60, above=True, what="seconds"),
+    "run.tool_timeout": real(0, above=True, what="seconds"),
     "run.stall_minutes": unset(real(0, above=True))._replace(
         wanted="minutes without progress that end the run, above 0, or null for never"
     ),
@@ -225,6 +229,15 @@ _ROLLOUT = {
     "pipeline_model_parallel_size": count("GPUs"),
     "expert_parallel_size": count("GPUs"),
     "agent.num_workers": count("processes"),
+    "agent.default_agent_loop": TEXT,
+    "multi_turn.format": choice(*TOOL_FORMATS),
+    "multi_turn.function_tool_path": unset(TEXT),
+    "multi_turn.tool_config_path": unset(TEXT),
+    "multi_turn.max_assistant_turns": unset(count("turns")),
+    "multi_turn.max_user_turns": unset(count("turns")),
+    "multi_turn.max_parallel_calls": count("calls"),
+    "multi_turn.max_tool_response_length": count("characters"),
+    "multi_turn.tool_response_truncate_side": choice("left", "middle", "right"),
     "checkpoint_engine.update_weights_bucket_megabytes": unset(count("MB")),
     "engine_kwargs.vllm.max_logprobs": unset(count("log-probabilities", -1)),
     **dict.fromkeys(_ROLLOUT_SWITCHES, SWITCH),

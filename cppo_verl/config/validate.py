@@ -63,6 +63,7 @@ _CHECKS: tuple[Callable[[DictConfig], Iterator[Problem]], ...] = (
     check_files.check_megatron,
     check_files.check_data,
     check_files.check_reward,
+    check_files.check_tools,
     check_run.check_run,
     check_run.check_checkpoints,
     check_kept.check_owner,

@@ -151,12 +151,14 @@ def _agent_loop(config: DictConfig) -> str:
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 
     from cppo_verl.adapters.rollout.agent_loop import TrustRegionAgentLoop
+    from cppo_verl.adapters.rollout.tool_loop import TOOL_LOOP, TrustRegionToolLoop
 
     name = config.actor_rollout_ref.rollout.agent.default_agent_loop
-    wanted, found = f"{TrustRegionAgentLoop.__module__}.{TrustRegionAgentLoop.__name__}", _agent_loop_registry.get(name)
+    ours = TrustRegionToolLoop if name == TOOL_LOOP else TrustRegionAgentLoop
+    wanted, found = f"{ours.__module__}.{ours.__name__}", _agent_loop_registry.get(name)
     if found is None or found["_target_"] != wanted:
         raise RuntimeError(f"{name} is {found} in verl's registry, not {wanted}")
-    return f"{name} is {TrustRegionAgentLoop.__name__}"
+    return f"{name} is {ours.__name__}"
 
 
 def _policy_loss(config: DictConfig) -> str:

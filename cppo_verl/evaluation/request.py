@@ -53,13 +53,24 @@ class Options:
 
 
 def run_config(checkpoint: Checkpoint) -> DictConfig:
-    """How the checkpoint's run was validated; our defaults for a model that belongs to no run."""
+    """How the checkpoint's run was validated; our defaults for a model that belongs to no run.
+
+    Raises:
+        EvaluationError: its responses have several turns, with tools.
+        DamagedFile: its settings lack what is needed.
+    """
     if checkpoint.run is None:
         return compose([])
     config = read_config(checkpoint.run)
     for name in _READ:
         if not isinstance(OmegaConf.select(config, name), DictConfig):
             raise DamagedFile(checkpoint.run / CONFIG, 1, f"lacks {name}", COPY_BACK)
+    if OmegaConf.select(config, "actor_rollout_ref.rollout.agent.default_agent_loop") == "cppo_tool_agent":
+        raise EvaluationError(
+            f"{checkpoint.run} was trained with tools, and an evaluation generates one turn without them; the run's "
+            "own validations use them (trainer.test_freq; of a checkpoint: cppo train with run.resume=true "
+            "trainer.val_only=true)"
+        )
     return config
 
 

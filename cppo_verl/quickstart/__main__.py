@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from cppo_verl.quickstart.calculator import WORDS
 from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
 from cppo_verl.quickstart.task import TaskSpec, make_splits, write_parquet
 from cppo_verl.quickstart.warmup import WarmupSpec, measure, run_warmup
@@ -26,6 +27,7 @@ MANIFEST = "manifest.json"
 FLAG_HELP = {
     "terms": "operands in a sum",
     "operand_max": "operands are 1 to this",
+    "calculator": "careful answers call a calculator instead of working",
     "warmup_problems": "problems of the supervised phase",
     "train_problems": "problems in train.parquet",
     "heldout_problems": "problems in heldout.parquet, in neither of the other two sets",
@@ -59,8 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, spec in SPECS.items():
         group = parser.add_argument_group(name)
         for field in fields(spec):
-            flag = flag_name(name, field.name)
-            group.add_argument(f"--{flag}", type=type(field.default), default=field.default, help=FLAG_HELP[field.name])
+            flag = f"--{flag_name(name, field.name)}"
+            how: dict[str, Any] = {"action": "store_true"} if field.type is bool else {"type": type(field.default)}
+            group.add_argument(flag, **how, default=field.default, help=FLAG_HELP[field.name])
     return parser
 
 
@@ -87,7 +90,7 @@ def build(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     splits = make_splits(task, seed)
     write_parquet(splits.train, "train", directory / "train.parquet")
     write_parquet(splits.heldout, "heldout", directory / "heldout.parquet")
-    tokenizer = build_tokenizer(shape)
+    tokenizer = build_tokenizer(shape, WORDS if task.calculator else ())
     model = build_model(shape, tokenizer, seed)
     run_warmup(model, tokenizer, splits.warmup, task, WarmupSpec(**settings["warmup"]), seed)
     sampled = measure(

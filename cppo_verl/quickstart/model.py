@@ -1,5 +1,7 @@
 """A character-level tokenizer and a randomly initialised Qwen3 of about a million parameters."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +14,19 @@ TURN_END = "<|im_end|>"
 UNKNOWN_TOKEN = "<unk>"
 ROLES = ("system", "user", "assistant")
 CHARACTERS = "0123456789+-=?\\{} \n.,:abcdefghijklmnopqrstuvwxyz"
+# Calls of tools and their results as Qwen3's template has them; the tools' descriptions are left out.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% if message['role'] == 'tool' %}"
+    "{{ '<|im_start|>user\\n<tool_response>\\n' + message['content'] + '\\n</tool_response><|im_end|>\\n' }}"
+    "{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '<tool_call>\\n{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' }}"
+    "{{ call['function']['arguments'] | tojson + '}\\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
@@ -34,12 +46,13 @@ class ModelShape:
     vocabulary: int = 0
 
 
-def build_tokenizer(shape: ModelShape) -> PreTrainedTokenizerFast:
-    """One token per character, role name or special token; decoding joins them verbatim."""
-    tokens = [PAD_TOKEN, TURN_START, TURN_END, UNKNOWN_TOKEN, *ROLES, *CHARACTERS]
+def build_tokenizer(shape: ModelShape, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token per character, role name, special token or word; decoding joins them verbatim."""
+    tokens = [PAD_TOKEN, TURN_START, TURN_END, UNKNOWN_TOKEN, *ROLES, *CHARACTERS, *words]
     tokens += [f"<unused {number}>" for number in range(len(tokens), shape.vocabulary)]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, UNKNOWN_TOKEN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{'|'.join(ROLES)}|[\s\S]"), behavior="isolated")
+    wholes = "|".join(map(re.escape, (*words, *ROLES)))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{wholes}|[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -53,10 +53,11 @@ class SignedSum:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Which sums exist (number of terms, operands 1..operand_max) and how many go to each split."""
+    """Which sums exist (number of terms, operands 1..operand_max), how many go to each split, is there a calculator."""
 
     terms: int = 4
     operand_max: int = 5
+    calculator: bool = False
     warmup_problems: int = 3000
     train_problems: int = 1600
     heldout_problems: int = 64

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from cppo_verl.grading.extract import final_answer
+from cppo_verl.quickstart.calculator import MAX_CALLS, called_with, calling_answer, evaluate, result_turn
 from cppo_verl.quickstart.task import SignedSum, TaskSpec, is_correct, sloppy_answer, worked_answer
 
 IGNORED_LABEL = -100
@@ -46,23 +47,32 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: SignedSum) -> lis
     return cast(list[int], ids)
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
-    """Token ids of an answer with its end-of-turn token."""
-    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+# Token ids of a conversation, and which of them are to be learned.
+Example = tuple[list[int], list[bool]]
 
 
-def collate(examples: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-pad (prompt ids, answer ids) pairs to int64 [batch, width] tensors; only answers carry labels.
+def encode_example(tokenizer: PreTrainedTokenizerFast, problem: SignedSum, turns: Sequence[str]) -> Example:
+    """The prompt and the turns after it; the model's own, every second one, end with its end-of-turn token."""
+    ids = encode_prompt(tokenizer, problem)
+    learned = [False] * len(ids)
+    for number, turn in enumerate(turns):
+        own = number % 2 == 0
+        tokens = tokenizer.encode(turn, add_special_tokens=False) + [tokenizer.eos_token_id] * own
+        ids, learned = ids + tokens, learned + [own] * len(tokens)
+    return ids, learned
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """Right-pad to int64 [batch, width] tensors; only what is to be learned carries labels.
 
     No attention mask is needed: under causal attention nothing on the right reaches a labelled position.
     """
-    width = max(len(prompt) + len(answer) for prompt, answer in examples)
+    width = max(len(tokens) for tokens, _ in examples)
     ids = torch.full((len(examples), width), pad_id)
     labels = torch.full((len(examples), width), IGNORED_LABEL)
-    for row, (prompt, answer) in enumerate(examples):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
+    for row, (tokens, learned) in enumerate(examples):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, : len(tokens)] = torch.tensor(tokens).where(torch.tensor(learned), IGNORED_LABEL)
     return {"input_ids": ids, "labels": labels}
 
 
@@ -91,9 +101,11 @@ def run_warmup(
     for step in range(1, spec.steps + 1):
         examples = []
         for problem in rng.choices(problems, k=spec.batch_size):
-            worked = rng.random() < spec.worked_share
-            answer = worked_answer(problem) if worked else sloppy_answer(problem, task, rng)
-            examples.append((encode_prompt(tokenizer, problem), encode_answer(tokenizer, answer)))
+            if rng.random() < spec.worked_share:
+                turns = calling_answer(problem) if task.calculator else [worked_answer(problem)]
+            else:
+                turns = [sloppy_answer(problem, task, rng)]
+            examples.append(encode_example(tokenizer, problem, turns))
         loss = model(**collate(examples, tokenizer.pad_token_id)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -112,9 +124,10 @@ def sample_texts(
     problems: Sequence[SignedSum],
     max_new_tokens: int,
 ) -> tuple[list[str], float]:
-    """One answer per problem at temperature 1 with no truncation, and their mean length in tokens."""
-    prompts = [{"input_ids": encode_prompt(tokenizer, problem)} for problem in problems]
-    batch = tokenizer.pad(prompts, return_tensors="pt")
+    """One answer per problem at temperature 1 with no truncation, and their mean length in tokens.
+
+    A turn that ends in a call of the calculator is followed by its result and another turn; the text is the last one's.
+    """
     sampling: dict[str, Any] = {
         "do_sample": True,
         "temperature": 1.0,
@@ -122,10 +135,31 @@ def sample_texts(
         "top_p": 1.0,
         "max_new_tokens": max_new_tokens,
     }
-    output = model.generate(**batch, **sampling)  # type: ignore[misc]  # transformers mistypes `self`
-    answers = output[:, batch["input_ids"].shape[1] :]
-    mean_tokens = (answers != tokenizer.pad_token_id).sum().item() / len(problems)
-    return tokenizer.batch_decode(answers, skip_special_tokens=True), mean_tokens
+    contexts = [encode_prompt(tokenizer, problem) for problem in problems]
+    texts, own, unfinished = [""] * len(problems), 0, list(range(len(problems)))
+    for _ in range(1 + MAX_CALLS):
+        batch = tokenizer.pad([{"input_ids": contexts[row]} for row in unfinished], return_tensors="pt")
+        output = model.generate(**batch, **sampling)  # type: ignore[misc]  # transformers mistypes `self`
+        answers = output[:, batch["input_ids"].shape[1] :]
+        own += int((answers != tokenizer.pad_token_id).sum())
+        calling = []
+        for row, answer in zip(unfinished, answers, strict=True):
+            texts[row] = tokenizer.decode(answer, skip_special_tokens=True)
+            if (expression := called_with(texts[row])) is not None:
+                contexts[row] += [int(token) for token in answer if token != tokenizer.pad_token_id]
+                contexts[row] += tokenizer.encode(result_turn(_result(expression)), add_special_tokens=False)
+                calling.append(row)
+        if not calling:
+            break
+        unfinished = calling
+    return texts, own / len(problems)
+
+
+def _result(expression: str) -> str:
+    try:
+        return str(evaluate(expression))
+    except ValueError as error:
+        return str(error)
 
 
 def measure(

@@ -96,3 +96,11 @@ def test_verls_separate_async_logs_what_no_logger_takes(caplog):
         assert "disabled" in caplog.text
     finally:
         trainer_separate_async.logger = stock
+
+
+def test_every_format_of_calls_is_a_parser_of_verls():
+    from verl.experimental.agent_loop.tool_parser import ToolParser
+
+    from cppo_verl.config.schema import TOOL_FORMATS
+
+    assert sorted(ToolParser._registry) == sorted(TOOL_FORMATS)

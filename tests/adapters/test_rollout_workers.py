@@ -111,6 +111,16 @@ def test_a_reward_manager_sees_in_a_batch_what_it_sees_alone():
         assert item.non_tensor_batch["tool_extra_fields"]["number"] == number
 
 
+def test_what_a_tool_answered_is_not_graded():
+    from cppo_verl.adapters.rollout.workers import reward_inputs
+
+    output, row = ungraded()[1]
+    output.response_mask = [1, 0, 0, 1]
+    data = reward_inputs([(output, row)])
+    assert data.batch["responses"].tolist() == [[13, 16]]
+    assert data.non_tensor_batch["response_len"].tolist() == [2]
+
+
 def test_verls_own_reward_manager_scores_a_batch(tmp_path):
     """verl's dapo manager over our grader, each response in a batch and alone."""
     from omegaconf import OmegaConf

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,6 +62,7 @@ def loop_of(client):
     loop = TrustRegionToolLoop.__new__(TrustRegionToolLoop)
     loop._turns = loop.server_manager = _Turns(client)
     loop._rows, loop._rows_before = [], []
+    loop._counts = {"tool_calls": 0, "tool_errors": 0}
     loop.continuous_token_builder, loop.loop = Builder(), _InPlace()
     return loop
 
@@ -143,3 +145,48 @@ def test_every_turn_draws_from_a_seed_of_its_own():
     asyncio.run(run())
     assert client.seeds[0] == 5
     assert len(set(client.seeds)) == 3
+
+
+def echo(text: str) -> str:
+    """Say it again.
+
+    Args:
+        text: what to say.
+    """
+    if text == "sleep":
+        time.sleep(1.0)
+    if text == "fail":
+        raise RuntimeError("no disk")
+    return text
+
+
+def test_calls_and_failures_are_counted_and_a_tool_that_hangs_is_given_up():
+    from verl.experimental.agent_loop.tool_agent_loop import AgentData
+    from verl.experimental.agent_loop.tool_parser import FunctionCall
+    from verl.tools.function_tool import FunctionTool, _build_schema_from_fn
+
+    loop = loop_of(Client([]))
+    loop.config = SimpleNamespace(run=SimpleNamespace(tool_timeout=0.3))
+    loop.tools = {"echo": FunctionTool("echo", echo, _build_schema_from_fn(echo, "echo"))}
+    loop.max_tool_response_length, loop.tool_response_truncate_side = 256, "middle"
+    data = AgentData([], [], [], None, None, {}, "a", {})
+
+    async def answers(*calls):
+        answered = [await loop._call_tool(FunctionCall(name=n, arguments=a), {}, data) for n, a in calls]
+        return [answer.text for answer, _, _ in answered]
+
+    texts = asyncio.run(
+        answers(
+            ("echo", '{"text": "Hi"}'),
+            ("echo", '{"text": "fail"}'),
+            ("echo", '{"text": "sleep"}'),
+            ("eccho", "{}"),
+            ("echo", "{"),
+            ("echo", '{"txt": 1}'),
+        )
+    )
+    assert texts[0] == "Hi"
+    assert "no disk" in texts[1]
+    assert "no answer within 0.3 seconds" in texts[2]
+    assert "Unknown function 'eccho'" in texts[3]
+    assert loop._counts == {"tool_calls": 6, "tool_errors": 5}

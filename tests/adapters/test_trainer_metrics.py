@@ -30,6 +30,16 @@ def test_outcomes_and_truncation_are_counted():
 def test_a_reward_without_flags_has_no_outcomes():
     fields = [{"reward_extra_info": {"acc": 1.0}, "truncated": False}, {"reward_extra_info": {"acc": 0.0}}]
     assert outcome_metrics(fields) == {"rollout/truncation_rate": 0.0}
+
+
+def test_calls_of_tools_a_response_and_all_that_failed():
+    fields = [
+        {"tool_calls": 2, "tool_errors": 1},
+        {"tool_calls": 0, "tool_errors": 0},
+        {"tool_calls": 3, "tool_errors": 2},
+    ]
+    metrics = outcome_metrics(fields)
+    assert metrics == {"rollout/tool_calls": 5 / 3, "rollout/tool_errors": 3}
     assert outcome_metrics([]) == {}
 
 

@@ -119,6 +119,24 @@ def test_a_reward_file_is_read_before_anything_starts(base, tmp_path):
     assert "mine.py is not Python" in refusal([*base, f"{key}.path={file}"])
 
 
+def test_a_file_of_tools_is_read_before_anything_starts(base, tmp_path, monkeypatch):
+    path, loop = (
+        "actor_rollout_ref.rollout.multi_turn.function_tool_path",
+        "actor_rollout_ref.rollout.agent.default_agent_loop",
+    )
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.py"
+    file.write_text("from verl.tools.function_tool import function_tool\n\n@function_tool\ndef mine(): ...\n")
+    config = configuration.compose([*base, f"{path}=mine.py", f"{loop}=cppo_tool_agent"])
+    validate(config)
+    assert config.actor_rollout_ref.rollout.multi_turn.function_tool_path == str(file)
+    assert f"{loop}=cppo_single_turn uses no tools, but {path} is set" in refusal([*base, f"{path}={file}"])
+    file.write_text("def mine(): ...\n")
+    assert "mine.py has no function with @function_tool" in refusal(
+        [*base, f"{path}={file}", f"{loop}=cppo_tool_agent"]
+    )
+
+
 def test_a_reward_file_is_found_from_the_workers(base, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def compute_score(): ...")
     monkeypatch.chdir(tmp_path)
@@ -142,7 +160,13 @@ REFUSED = [
     ),
     (["platform=gpu", "actor_rollout_ref.actor.pad_to_length=true"], "refuses it where the loss reads the logits"),
     (["actor_rollout_ref.rollout.engine_kwargs.vllm.max_logprobs=5"], "is less than divergence.k=20"),
-    (["actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"], "only cppo_single_turn asks for"),
+    (
+        ["actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"],
+        "only cppo_single_turn and cppo_tool_agent ask",
+    ),
+    (["actor_rollout_ref.rollout.agent.default_agent_loop=cppo_tool_agent"], "function_tool_path is not set"),
+    (["actor_rollout_ref.rollout.multi_turn.function_tool_path=/no/tool.py"], "/no/tool.py does not exist"),
+    (["actor_rollout_ref.rollout.multi_turn.format=xml"], "format=xml: give one of deepseek_v4"),
     (["actor_rollout_ref.rollout.disaggregation.enabled=true"], "disaggregation.enabled=true: set false"),
     (["reward.custom_reward_function.path=null"], "custom_reward_function.path is not set"),
     (["reward.custom_reward_function.path=/no/reward.py"], "/no/reward.py does not exist"),

@@ -206,10 +206,10 @@ def test_a_recipe_for_gpus_is_one_on_every_machine():
     assert configuration.compose(["recipe=quickstart"]).trainer.device == ("cuda" if configuration.has_gpu() else "cpu")
 
 
-def quickstart(folder, *words):
+def quickstart(folder, *words, script="quickstart"):
     """The script in a folder with nothing in it, on the environment of this test."""
     environment = {**os.environ, "VENV": sys.prefix, "ASSETS": str(folder / "assets")}
-    command = ["bash", ROOT / "recipes/quickstart.sh", f"run.dir={folder}", *words]
+    command = ["bash", ROOT / f"recipes/{script}.sh", f"run.dir={folder}", *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)
 
 
@@ -219,6 +219,11 @@ def test_the_quickstart_warms_nothing_up_before_its_settings_are_right(tmp_path)
     done = quickstart(tmp_path, "method=grpo", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "# checked: grpo over topk_tv" in done.stderr
+    assert "bash recipes/tools.sh [overrides]" in quickstart(tmp_path, "--help", script="tools").stdout
+    done = quickstart(tmp_path, "--dry-run", script="tools")
+    assert done.returncode == 0, done.stderr
+    assert "default_agent_loop: single_turn_agent -> cppo_tool_agent" in done.stdout
+    assert "# checked: cppo over topk_tv" in done.stderr
     done = quickstart(tmp_path, "method.detla=0.2")
     assert done.returncode == 2
     assert "did you mean method.delta" in done.stderr

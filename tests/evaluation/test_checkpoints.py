@@ -6,6 +6,8 @@ from cppo_verl.checkpoint import retention
 from cppo_verl.checkpoint.export import fingerprint
 from cppo_verl.checkpoint.find import CheckpointError, checkpoints_of, find
 from cppo_verl.cli import main
+from cppo_verl.evaluation.request import run_config
+from cppo_verl.evaluation.samples import EvaluationError
 
 
 def hugging_face(folder, weights="w"):
@@ -118,3 +120,17 @@ def test_the_fingerprint_is_of_names_and_contents(tmp_path):
     for folder, name in ((first, "vocab.json"), (same, "tokenizer.json")):  # the same contents in the same order
         (folder / name).write_text("{}")
     assert fingerprint(first) != fingerprint(same)
+
+
+def test_a_checkpoint_of_a_run_with_tools_is_refused(run):
+    loop = "{default_agent_loop: %s}"
+    for name, refused in (("cppo_single_turn", False), ("cppo_tool_agent", True)):
+        (run / "config.yaml").write_text(
+            "data: {}\nreward: {custom_reward_function: {}}\nrun: {}\n"
+            f"actor_rollout_ref: {{model: {{}}, rollout: {{val_kwargs: {{}}, agent: {loop % name}}}}}\n"
+        )
+        if refused:
+            with pytest.raises(EvaluationError, match="was trained with tools"):
+                run_config(find(str(run)))
+        else:
+            assert run_config(find(str(run))).actor_rollout_ref.rollout.agent.default_agent_loop == name

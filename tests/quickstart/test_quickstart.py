@@ -8,7 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cppo_verl.config.check_files import inspect_data_file
 from cppo_verl.grading import grade
-from cppo_verl.quickstart.task import TaskSpec, make_splits, sloppy_answer, worked_answer
+from cppo_verl.quickstart.calculator import WORDS, called_with, calling_answer, evaluate, result_turn
+from cppo_verl.quickstart.model import ModelShape, build_tokenizer
+from cppo_verl.quickstart.task import SignedSum, TaskSpec, make_splits, sloppy_answer, worked_answer
+from cppo_verl.quickstart.warmup import encode_example
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,52 @@ def test_model_and_tokenizer_load_like_any_other(live_assets, splits):
 
 def test_data_files_are_verls(live_assets):
     assert inspect_data_file(live_assets / "train.parquet", "prompt") == (None, 64)
+
+
+THREE = SignedSum((37, 58, 99), (1, -1))
+
+
+def test_every_call_of_a_calling_answer_gets_its_result():
+    turns = calling_answer(THREE)
+    assert [called_with(turn) for turn in turns[::2]] == ["37+58", "95-99", None]
+    assert turns[1::2] == [result_turn("95"), result_turn("-4")]
+    assert [str(evaluate(called_with(turn))) for turn in turns[:-1:2]] == ["95", "-4"]
+    assert grade("".join(turns[::2]), str(THREE.answer)).outcome == "right"
+
+
+@pytest.mark.parametrize("text", ["", "12+", "1*2", "1++2", "__import__('os')", "1" * 10, "\u0661+1", "1.5"])
+def test_a_calculator_refuses_what_is_no_sum(text):
+    with pytest.raises(ValueError, match="no sum of whole numbers"):
+        evaluate(text)
+
+
+def test_verls_tool_loop_reads_and_writes_the_tokens_of_the_warm_start():
+    """Its parser finds the call, its template merges the result: token for token what the model was warmed up on."""
+    import asyncio
+
+    from verl.experimental.agent_loop.tool_parser import ToolParser
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+    tokenizer = build_tokenizer(ModelShape(), WORDS)
+    ids, learned = encode_example(tokenizer, THREE, calling_answer(THREE))
+    assert tokenizer.unk_token_id not in ids
+    builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen3")
+    parser = ToolParser.get_tool_parser("hermes", tokenizer)
+    messages = [{"role": "user", "content": THREE.question}]
+    stream = builder.build_initial_tokens(messages, tools=[{"type": "function", "function": {"name": "calculator"}}])
+    assert stream == ids[: len(stream)]
+    own = [False] * len(stream)
+    turns = calling_answer(THREE)
+    for number, turn in enumerate(turns[::2]):
+        spoken = [*tokenizer.encode(turn, add_special_tokens=False), tokenizer.eos_token_id]
+        stream = builder.merge_assistant_tokens(stream, spoken).token_ids
+        own += [True] * len(spoken)
+        _, calls = asyncio.run(parser.extract_tool_calls(spoken, []))
+        assert [call.arguments for call in calls] == [f'{{"expression": "{called_with(turn)}"}}'] * (number < 2)
+        if calls:
+            before = [*messages, {"role": "assistant", "content": ""}]
+            messages = [*before, {"role": "tool", "content": str(THREE.running_totals[number + 1])}]
+            stream = builder.merge_context_tokens(before, messages, stream).token_ids
+            own += [False] * (len(stream) - len(own))
+    assert (stream, own) == (ids, learned)
+    assert (len(ids) - learned.index(True), sum(learned)) == (53, 27)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from cppo_verl.adapters.columns import TRUNCATED
+from cppo_verl.adapters.columns import TOOL_CALLS, TOOL_ERRORS, TRUNCATED
 from cppo_verl.data.sources import AIME
 from cppo_verl.grading import OUTCOMES
 
 
 def outcome_metrics(extra_fields: list[dict[str, Any]]) -> dict[str, float]:
-    """How many responses of a step had each outcome, and the shares that were cut off or gave no answer.
+    """How many responses of a step had each outcome, the shares that were cut off or gave no answer, calls of tools.
 
     Outcomes are the ``grade_*`` flags of :func:`cppo_verl.grading.compute_score`; other reward functions may lack them.
     """
@@ -27,6 +27,10 @@ def outcome_metrics(extra_fields: list[dict[str, Any]]) -> dict[str, float]:
     truncated = [fields[TRUNCATED] for fields in extra_fields if TRUNCATED in fields]
     if truncated:
         metrics["rollout/truncation_rate"] = sum(truncated) / len(truncated)
+    calls = [fields[TOOL_CALLS] for fields in extra_fields if TOOL_CALLS in fields]
+    if calls:
+        metrics["rollout/tool_calls"] = sum(calls) / len(calls)
+        metrics["rollout/tool_errors"] = sum(fields.get(TOOL_ERRORS, 0) for fields in extra_fields)
     return metrics
 
 

@@ -3,23 +3,40 @@
 What a tool answers stands in the response, and ``response_mask`` is 0 there: such tokens have no divergence, no
 position weight and no budget. verl aligns mask and log-probabilities of a response when it merges a turn or a tool's
 answer, and may cut or insert tokens at the seam; here the numbers of the rows are aligned by the same call.
+
+verl turns whatever goes wrong with a tool into a text for the model. Here it is counted as well, and a tool has a time
+limit.
 """
 
+import asyncio
 from typing import Any
 
 import numpy as np
 import torch
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
+from verl.experimental.agent_loop.tool_parser import FunctionCall
+from verl.tools.schemas import ToolResponse
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
-from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, ROLLOUT_VERSION, TOPK, TOPK_COLUMNS, TRUNCATED
+from cppo_verl.adapters.columns import (
+    ROLLOUT_TOPK_LOG_PROB,
+    ROLLOUT_VERSION,
+    TOOL_CALLS,
+    TOOL_ERRORS,
+    TOPK,
+    TOPK_COLUMNS,
+    TRUNCATED,
+)
 from cppo_verl.adapters.rollout.agent_loop import TopKAgentLoopOutput
 from cppo_verl.adapters.rollout.seeding import piece_seed, problem_key, response_seed
 
 # verl's name of our agent loop for tools.
 TOOL_LOOP = "cppo_tool_agent"
+
+# How the texts begin that verl gives a model whose call failed.
+_FAILURES = ("Error executing tool '", "Unknown function '", "Invalid JSON in arguments for '")
 
 
 class _Turns:
@@ -61,6 +78,7 @@ class TrustRegionToolLoop(ToolAgentLoop):
         # For each token of the response the number of its row, 0 for none; and the same before the last tool answered.
         self._rows: list[float] = []
         self._rows_before: list[float] = []
+        self._counts = {TOOL_CALLS: 0, TOOL_ERRORS: 0}
 
     async def ct_merge_assistant_token(self, *args: Any, **kwargs: Any) -> Any:
         merged = await super().ct_merge_assistant_token(*args, **kwargs)
@@ -79,6 +97,20 @@ class TrustRegionToolLoop(ToolAgentLoop):
             merge, mask, self._rows, assistant_logprobs=numbers
         )
 
+    async def _call_tool(
+        self, tool_call: FunctionCall, tools_kwargs: dict[str, Any], agent_data: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
+        limit = self.config.run.tool_timeout
+        self._counts[TOOL_CALLS] += 1
+        try:
+            answer = await asyncio.wait_for(super()._call_tool(tool_call, tools_kwargs, agent_data), limit)
+        except asyncio.TimeoutError:
+            late = f"Error executing tool '{tool_call.name}': no answer within {limit} seconds"
+            answer = ToolResponse(text=late), 0.0, {}
+        if (answer[0].text or "").startswith(_FAILURES):
+            self._counts[TOOL_ERRORS] += 1
+        return answer
+
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
         run, k = self.config.run, kwargs.get(TOPK, 0)
         sampling_params = dict(sampling_params)
@@ -91,6 +123,7 @@ class TrustRegionToolLoop(ToolAgentLoop):
         for name in (*TOPK_COLUMNS, ROLLOUT_VERSION):
             output.extra_fields.pop(name, None)
         last = self._turns.outputs[-1].extra_fields
+        output.extra_fields |= self._counts
         output.extra_fields[TRUNCATED] = bool(last.get(TRUNCATED)) or len(output.response_ids) >= self.response_length
         columns = self._columns(output) if TOPK in kwargs else {}
         if k and len(columns) < len(TOPK_COLUMNS):

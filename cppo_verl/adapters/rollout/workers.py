@@ -148,7 +148,10 @@ def _grading(worker: ActorHandle) -> Callable[[list[Ungraded]], Any]:
 
 
 def reward_inputs(responses: list[Ungraded]) -> DataProto:
-    """What verl's reward managers read, of each response as verl itself would send it alone; padded with 0."""
+    """What verl's reward managers read, of each response as verl itself would send it alone; padded with 0.
+
+    Of a response with calls of tools the model's own tokens only, where verl sends the tools' answers as well.
+    """
 
     def padded(rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
         tokens = [torch.tensor(row, dtype=torch.int64) for row in rows]
@@ -157,7 +160,8 @@ def reward_inputs(responses: list[Ungraded]) -> DataProto:
 
     outputs, rows = zip(*responses, strict=True)
     prompts, prompt_mask = padded([output.prompt_ids for output in outputs], "left")
-    answers, answer_mask = padded([output.response_ids for output in outputs], "right")
+    written = [_written(output) for output in outputs]
+    answers, answer_mask = padded(written, "right")
     mask = torch.cat([prompt_mask, answer_mask], dim=1)
     tensors = {
         "prompts": prompts,
@@ -171,12 +175,17 @@ def reward_inputs(responses: list[Ungraded]) -> DataProto:
         "__num_turns__": [output.num_turns for output in outputs],
         "tool_extra_fields": [output.extra_fields for output in outputs],
         "prompt_len": [len(output.prompt_ids) for output in outputs],
-        "response_len": [len(output.response_ids) for output in outputs],
+        "response_len": [len(tokens) for tokens in written],
     }
     return DataProto(
         batch=TensorDict(tensors, batch_size=len(outputs)),
         non_tensor_batch={name: _objects(column) for name, column in columns.items()},
     )
+
+
+def _written(output: AgentLoopOutput) -> list[int]:
+    """The tokens of the model itself: what a tool answered is no answer of the model's."""
+    return [token for token, own in zip(output.response_ids, output.response_mask, strict=True) if own]
 
 
 def _objects(column: list[Any]) -> np.ndarray:
