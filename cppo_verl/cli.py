@@ -177,6 +177,9 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--quick", action="store_true", help="instead: ratios against the committed ones; exit status 1 above a limit"
     )
+    instead.add_argument(
+        "--schedule", action="store_true", help="instead: what the asynchronous modes would gain, by simulation"
+    )
     bench.add_argument("--write", action="store_true", help="with --quick: measure the committed ratios anew")
 
 

@@ -14,10 +14,10 @@ from cppo_verl.problems import ConfigError
 from cppo_verl.training.launcher import launch
 
 
-def bench(overrides: list[str], costs: Path | None, quick: bool, write: bool, **options: Any) -> int:
-    """A step against others, or one of the two other measurements; returns the exit status."""
-    if overrides and (costs is not None or quick):
-        raise ConfigError(f"--costs and --quick take no settings; got {' '.join(overrides)}")
+def bench(overrides: list[str], costs: Path | None, quick: bool, schedule: bool, write: bool, **options: Any) -> int:
+    """A step against others, or one of the other measurements; returns the exit status."""
+    if overrides and (costs is not None or quick or schedule):
+        raise ConfigError(f"--costs, --quick and --schedule take no settings; got {' '.join(overrides)}")
     if write and not quick:
         raise ConfigError("--write renews the ratios of --quick; give both")
     if costs is not None:
@@ -28,6 +28,10 @@ def bench(overrides: list[str], costs: Path | None, quick: bool, write: bool, **
         from cppo_verl.bench.quick import quick as compare
 
         return compare(write)
+    if schedule:
+        from cppo_verl.bench.schedule import schedule as predict
+
+        return predict()
     return bench_step(overrides, **options)
 
 
