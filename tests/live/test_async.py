@@ -30,11 +30,16 @@ def train(overrides, *more, timeout=900):
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["colocate_async", "separate_async"])
+MODES = ["colocate_async", "separate_async"]
+in_async_modes = pytest.mark.parametrize("run", MODES, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=[*MODES, "staleness"])
 def run(request, live_base, live_folder):
     """A run of four steps with everything dumped and every version of the weights kept."""
     folder = live_folder.parent / request.param
-    overrides = [*live_base, *SLOW, f"mode={request.param}", f"run.name={folder.name}"]
+    how = ["mode=sync", "run.staleness=1"] if request.param == "staleness" else [f"mode={request.param}"]
+    overrides = [*live_base, *SLOW, *how, f"run.name={folder.name}"]
     if request.param == "separate_async":
         overrides.append("trainer.v1.separate_async.parameter_sync_step=2")
     overrides += [f"trainer.total_training_steps={STEPS}", "trainer.save_freq=1"]
@@ -61,6 +66,7 @@ def tokens_of(dumps):
                 yield step, batch, row, valid
 
 
+@in_async_modes
 def test_responses_were_interrupted_and_the_guards_held(run, dumps):
     lines = read_metrics(run[0])
     spans = max(lines[step]["training/off_policy/trajectory_spans/max"] for step in range(1, STEPS + 1))
@@ -69,6 +75,18 @@ def test_responses_were_interrupted_and_the_guards_held(run, dumps):
     print(f"{torn} responses of several versions, at most {spans:g}")
     assert torn > 0
     assert all(lines[step]["rollout/missing_responses"] == 0 for step in range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("run", ["staleness"], indirect=True, scope="module")
+def test_with_a_known_staleness_every_token_has_that_age(run, dumps):
+    """The first step has no older weights to generate with."""
+    ages = {step: set() for step in range(1, STEPS + 1)}
+    for step, batch, row, valid in tokens_of(dumps):
+        ages[step] |= set(batch["age"][row][valid].tolist())
+    assert ages == {1: {0}, 2: {1}, 3: {1}, 4: {1}}
+    lines = read_metrics(run[0])
+    assert all(lines[step]["rollout/missing_responses"] == 0 for step in lines)
+    assert lines[4]["divergence/mean"] > lines[1]["divergence/mean"]
 
 
 def test_every_token_names_the_weights_that_sampled_it(run, dumps, live_assets):
@@ -151,6 +169,7 @@ def test_metrics_by_age_are_exact_over_the_tokens_of_a_step(run, dumps):
                 )
 
 
+@in_async_modes
 def test_killed_and_resumed_no_response_is_lost_or_trained_twice(run, tmp_path):
     """SIGKILL after the second step; what had been submitted by then is trained once, in whichever attempt."""
     folder, overrides = run
