@@ -21,7 +21,17 @@ DELTA, DELTA_B, W_MIN = 0.02, 0.01, 0.8
 def run(tmp_path_factory):
     """Two steps of a model that has been warmed up on calls for a moment, validated at the end."""
     folder = tmp_path_factory.mktemp("tools")
-    warm = ["--calculator", "--terms", "2", "--operand-max", "60", "--worked-share", "0.7", "--warmup-problems", "800"]
+    warm = [
+        "--calculator",
+        "--terms",
+        "2",
+        "--operand-max",
+        "60",
+        "--warmup-worked-share",
+        "0.7",
+        "--warmup-problems",
+        "800",
+    ]
     more = ["--warmup-steps", "160", "--heldout-problems", "8", "--measure-samples", "2"]
     command = [sys.executable, "-m", "cppo_verl.quickstart", "--out", str(folder / "assets"), *warm, *more]
     subprocess.run(command, check=True, timeout=900)
