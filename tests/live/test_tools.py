@@ -95,14 +95,15 @@ def test_rows_lie_at_the_models_own_tokens(rows, run):
     assert read_metrics(run)[1]["divergence/at_rollout_weights"] < 1e-4
 
 
-def test_divergence_weights_and_mask_count_own_tokens_only(rows):
-    """The float64 loop over a response without its holes; nothing at the holes."""
+def test_divergence_weights_and_mask_count_own_tokens_only(rows, run):
+    """The float64 loop over a response without its holes, and what is logged of a step is over that alone."""
     masked = compared = 0
-    for _, _, batch, row in rows:
+    own = {1: [], 2: []}
+    for step, _, batch, row in rows:
         valid = batch["response_mask"][row].bool()
         expected = torch.tensor(divergences_of_response(batch, row), dtype=torch.float64)
         assert torch.allclose(batch["divergence"][row][valid].double(), expected, rtol=0, atol=1e-6)
-        assert (batch["divergence"][row][~valid] == 0).all()
+        own[step] += expected.tolist()
         wanted, margin, _ = mask_of_response(batch, row, delta=DELTA, delta_b=DELTA_B, w_min=W_MIN)
         for got, want, distance in zip((batch["gate"][row][valid] == 1).tolist(), wanted, margin, strict=True):
             assert got == want or distance < 1e-6
@@ -110,6 +111,10 @@ def test_divergence_weights_and_mask_count_own_tokens_only(rows):
             masked += not want
     print(f"{masked} of {compared} tokens masked")
     assert masked > 10
+    for step, divergence in own.items():
+        line = read_metrics(run)[step]
+        assert line["trust_region/tokens"] == len(divergence)
+        assert line["divergence/mean"] == pytest.approx(sum(divergence) / len(divergence), rel=1e-5)
 
 
 def test_it_leaves_nothing_running(run):
