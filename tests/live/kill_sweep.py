@@ -1,11 +1,14 @@
 """SIGKILL at random moments: a run that is killed and resumed against one that is not.
 
-    python tests/live/kill_sweep.py FOLDER [--kills 5] [--steps 12] [--seed 0]
+    python tests/live/kill_sweep.py FOLDER [--kills 5] [--steps 12] [--seed 0] [--mode colocate_async]
 
 Each kill hits one process (driver, actor worker, vLLM server, raylet, launcher, in turn): one in five at a random time
 after that process is there, the others after all workers are ready. The same command with run.resume=auto goes on.
 FOLDER/result.jsonl gets one line per kill and one with the comparison. Given again after an interruption, the command
 goes on with the kills that are left.
+
+No two runs of an asynchronous mode are the same. There the comparison is with what was to be trained: every step once,
+four responses of each problem, no problem more often than another by more than one round.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +126,28 @@ class Sweep:
         with open(self.results, "a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def count(self, name: str) -> dict:
+        """Of a run in an asynchronous mode: how often each problem was trained, by what the steps have dumped."""
+        run, steps = self.folder / name, range(1, self.steps + 1)
+        lines = [line["step"] for line in read_lines(run / "metrics.jsonl")]
+        rows = [
+            tuple(row.tolist()) for step in steps for dump in _dumps(run / "dumps", step) for row in dump["prompts"]
+        ]
+        responses = Counter(rows)
+        rounds = {number // 4 for number in responses.values()}
+        return {
+            "kind": "comparison",
+            "steps": lines,
+            "every_step_once": lines == list(steps),
+            "responses": len(rows),
+            "responses_wanted": 32 * self.steps,
+            "problems": len(responses),
+            "problems_wanted": min(64, 8 * self.steps),
+            "whole_groups": all(number % 4 == 0 for number in responses.values()),
+            "rounds": sorted(rounds),
+            "missing": sum(line.get("rollout/missing_responses", 0) for line in read_metrics(run).values()),
+        }
+
     def compare(self, unbroken: str, killed: str) -> dict:
         """What the issue of resuming is about: every step once, the same tokens, the same weights."""
         a, b = self.folder / unbroken, self.folder / killed
@@ -188,11 +214,16 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=60.0, help="seconds within which a kill falls")
+    parser.add_argument("--mode", choices=["sync", "colocate_async", "separate_async"], default="sync")
     options = parser.parse_args()
     options.folder = options.folder.absolute()
     options.folder.mkdir(parents=True, exist_ok=True)
-    sweep = Sweep(options.folder, options.steps, [])
-    if sweep.run("unbroken") != 0:
+    slow = "actor_rollout_ref.rollout.max_num_seqs=6"  # so that responses are interrupted
+    extra = [] if options.mode == "sync" else [f"mode={options.mode}", slow]
+    if options.mode == "separate_async":
+        extra.append("trainer.v1.separate_async.parameter_sync_step=2")  # x 4 problems a minibatch
+    sweep = Sweep(options.folder, options.steps, extra)
+    if options.mode == "sync" and sweep.run("unbroken") != 0:
         raise RuntimeError(f"the unbroken run failed: {options.folder}/unbroken.log")
     moments = random.Random(options.seed)
     times = [(moments.random() < 0.8, moments.uniform(0, options.longest)) for _ in range(options.kills)]
@@ -206,6 +237,14 @@ def main() -> int:
         sweep.note(kill)
     if sweep.run("killed") != 0:
         raise RuntimeError(f"the resumed run failed: {options.folder}/killed.log")
+    if options.mode != "sync":
+        verdict = sweep.count("killed")
+        sweep.note({**verdict, "mode": options.mode})
+        complete = (
+            verdict["responses"] == verdict["responses_wanted"] and verdict["problems"] == verdict["problems_wanted"]
+        )
+        even = verdict["whole_groups"] and verdict["rounds"][-1] - verdict["rounds"][0] <= 1
+        return 0 if verdict["every_step_once"] and complete and even and not verdict["missing"] else 1
     verdict = sweep.compare("unbroken", "killed")
     sweep.note(verdict)
     return 0 if verdict["every_step_once"] and verdict["weights_differ"] <= 1e-6 else 1
