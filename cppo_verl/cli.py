@@ -118,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
     plot = add("plot", "training.command:plot", "draw the plots of a run folder")
     plot.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    calibrate = add("calibrate", "training.calibration:calibrate", "what delta and delta_b would mask in a run's dumps")
+    calibrate.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")
+    calibrate.add_argument("--w-min", type=_between(0, 1), help="weight of the last token (default: the run's, or 0.8)")
+    calibrate.add_argument("--json", dest="as_json", action="store_true", help="one JSON object")
     return parser
 
 

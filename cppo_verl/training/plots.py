@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.log import accuracies, read_metrics
 from cppo_verl.run.terminal import plain
+from cppo_verl.training.dumps import dumps_of, load
 
 
 def plot_run(folder: Path, say: Callable[[str], None] | None = None) -> list[Path]:
@@ -22,7 +22,7 @@ def plot_run(folder: Path, say: Callable[[str], None] | None = None) -> list[Pat
     metrics, target = read_metrics(folder, say), folder / "plots"
     target.mkdir(exist_ok=True)
     written = [_plot_training(metrics, target / "training.png")]
-    dumps = sorted(folder.glob("dumps/step_*/minibatch*.pt"), key=lambda path: path.stat().st_mtime)
+    dumps = dumps_of(folder)
     if dumps:
         written += _plot_mask(dumps, folder, target / "mask.png")
     return written
@@ -74,7 +74,7 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     of_cppo = method._target_ == "cppo_verl.methods.Cppo"
     if not of_cppo or method.delta_b is None or method.weights == "shuffled" or method.soft_gate:
         return []
-    dump, row = _most_masked([_load(file) for file in dumps], method.delta)
+    dump, row = _most_masked([load(file) for file in dumps], method.delta)
     one = {name: dump[name][row : row + 1] for name in ("log_prob", "rollout_log_prob", "advantages", "divergence")}
     mask = dump["response_mask"][row : row + 1]
     weights = core.position_weights(mask, method.w_min, schedule=method.weights, horizon=method.get("horizon"))
@@ -110,16 +110,6 @@ def _plot_mask(dumps: list[Path], folder: Path, path: Path) -> list[Path]:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return [path]
-
-
-def _load(file: Path) -> dict[str, Any]:
-    import torch
-
-    try:
-        return torch.load(file)
-    except Exception as error:  # of whatever kind the file's first bytes lead to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{file} is damaged ({reason}): move it away, the other plots need none") from None
 
 
 def _most_masked(dumps: list[dict[str, Any]], delta: float) -> tuple[dict[str, Any], int]:

@@ -1,0 +1,106 @@
+"""``cppo calibrate``: its shares are the mask's own, the floor is that of untouched weights, nothing is made up."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from mask_oracle import mask_of_response
+
+from cppo_verl.cli import main
+from cppo_verl.training.calibration import describe, masked, suggest
+
+W_MIN = 0.8
+
+
+def dump(seed, rows=6, length=30, age=None, moved=0.6):
+    draw = torch.Generator().manual_seed(seed)
+    log_mu = -2 * torch.rand(rows, length, generator=draw) - 0.2
+    log_pi = (log_mu + moved * torch.randn(rows, length, generator=draw)).clamp_max(-0.01)
+    lengths = torch.randint(3, length + 1, (rows,), generator=draw)
+    valid = torch.arange(length) < lengths[:, None]
+    return {
+        "log_prob": log_pi,
+        "rollout_log_prob": log_mu,
+        "advantages": torch.randn(rows, 1, generator=draw).expand(rows, length).contiguous(),
+        "divergence": (log_pi.exp() - log_mu.exp()).abs(),
+        "response_mask": valid,
+        "responses": torch.randint(0, 50, (rows, length), generator=draw),
+        **({} if age is None else {"age": torch.full((rows, length), age, dtype=torch.int32)}),
+    }
+
+
+@pytest.mark.parametrize(("delta", "delta_b"), [(0.15, 0.015), (0.1, 0.05), (0.3, 0.0)])
+def test_shares_are_those_of_the_float64_loop(delta, delta_b):
+    batches = [dump(1), dump(2)]
+    dropped = by_prefix = tokens = 0
+    for batch in batches:
+        for row in range(len(batch["responses"])):
+            keep, _, causes = mask_of_response(batch, row, delta=delta, delta_b=delta_b, w_min=W_MIN)
+            tokens += len(keep)
+            dropped += keep.count(False)
+            by_prefix += sum(not kept and cause == "prefix" for kept, cause in zip(keep, causes, strict=True))
+    share = masked(batches, delta, delta_b, W_MIN)
+    assert dropped > by_prefix > 0
+    assert share == pytest.approx((dropped / tokens, by_prefix / tokens))
+    assert masked(batches, 1e9, None, W_MIN) == (0, 0)
+
+
+def test_the_floor_is_that_of_tokens_under_the_weights_that_sampled_them():
+    same = dump(3, moved=1e-4)
+    later, stale = (dump(4), 1), (dump(5, age=1), 0)
+    floor = describe([(same, 0), later, stale])["floor"]
+    valid = same["response_mask"]
+    assert floor["tokens"] == valid.sum()
+    assert floor["mean"] == pytest.approx(same["divergence"][valid].double().mean().item())
+    assert describe([later, stale])["floor"] is None
+
+
+def test_a_suggestion_is_above_the_floor_and_says_why():
+    batches = [(dump(6), 1)]
+    rows = [
+        d[v].double().quantile(0.9).item()
+        for d, v in zip(*(batches[0][0][n] for n in ("divergence", "response_mask")), strict=True)
+    ]
+    hint = suggest(batches, None)
+    assert hint.delta_b == pytest.approx(torch.tensor(rows).double().quantile(0.5).item(), rel=0.05)
+    assert hint.delta == pytest.approx(10 * hint.delta_b, rel=0.05)
+    assert "P90" in hint.reason
+    high = suggest(batches, {"mean": 0.4})
+    assert high.delta_b == pytest.approx(0.8)
+    assert "mismatch" in high.reason
+
+
+def test_the_command(tmp_path, capsys):
+    run = tmp_path / "r"
+    (run / "dumps/step_1").mkdir(parents=True)
+    (run / "config.yaml").write_text(
+        "actor_rollout_ref: {}\ndata: {}\nrun: {}\ntrainer: {}\nmethod: {name: cppo, w_min: 0.8}\ndivergence: {name: binary_tv, kind: tv}\n"
+    )
+    assert main(["calibrate", str(run)]) == 2
+    assert "no dumped step; train a few with run.dump_steps" in capsys.readouterr().err
+    for place in (0, 1):
+        torch.save(dump(place, moved=0.01 + place), run / f"dumps/step_1/minibatch{place}_rank0_micro0.pt")
+    assert main(["calibrate", str(run), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["masked"]) == 5
+    assert all(len(row) == 6 for row in record["masked"])
+    shares = [[cell["masked"] for cell in row] for row in record["masked"]]
+    assert all(left >= right for row in shares for left, right in itertools.pairwise(row))
+    assert shares[0][0] > shares[-1][-1]
+    assert math.isclose(record["w_min"], 0.8)
+    assert main(["calibrate", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "to begin with: method.delta=" in printed
+    assert "mismatch of the engines (D where pi is mu" in printed
+    torch.save(
+        {**dump(1), "response_mask": torch.zeros(6, 30, dtype=torch.bool)},
+        run / "dumps/step_1/minibatch0_rank0_micro0.pt",
+    )
+    (run / "dumps/step_1/minibatch1_rank0_micro0.pt").write_bytes(b"no")
+    assert main(["calibrate", str(run)]) == 2
+    assert "minibatch1_rank0_micro0.pt is damaged" in capsys.readouterr().err
+    (run / "dumps/step_1/minibatch1_rank0_micro0.pt").unlink()
+    assert main(["calibrate", str(run)]) == 2
+    assert "no token in the loss" in capsys.readouterr().err
