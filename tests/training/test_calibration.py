@@ -75,9 +75,9 @@ def test_a_suggestion_is_above_the_floor_and_says_why():
 def test_the_command(tmp_path, capsys):
     run = tmp_path / "r"
     (run / "dumps/step_1").mkdir(parents=True)
-    (run / "config.yaml").write_text(
-        "actor_rollout_ref: {}\ndata: {}\nrun: {}\ntrainer: {}\nmethod: {name: cppo, w_min: 0.8}\ndivergence: {name: binary_tv, kind: tv}\n"
-    )
+    rest = "actor_rollout_ref: {}\ndata: {}\nrun: {}\ntrainer: {}\n"
+    own = "method: {name: cppo, w_min: 0.8}\ndivergence: {name: binary_tv, kind: tv}\n"
+    (run / "config.yaml").write_text(rest + own)
     assert main(["calibrate", str(run)]) == 2
     assert "no dumped step; train a few with run.dump_steps" in capsys.readouterr().err
     for place in (0, 1):
