@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart with a tool: the tiny model learns to call a calculator, on two CPU cores:
+# The quickstart with a tool: the tiny model learns to call a calculator, on two CPU cores (10 minutes of training on slow ones):
 #   bash recipes/tools.sh [overrides] [--dry-run]     e.g. method=grpo mode=colocate_async
 # Sets up .venv, makes the model and sums of three numbers up to 99, warms the model up, trains, validates, plots.
 # ASSETS (folder of model and data) and SEED (of task, warm-up and training) may be set in the environment.
