@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
+
+from cppo_verl.run.terminal import console, say
 
 SEQUENCES = 256  # of a server at a time, the others queue
 STEPS, FIRST = 12, 4  # simulated; those before FIRST fill the pipeline and are left out
@@ -248,9 +249,8 @@ def schedule() -> int:
             numbers = (f"{step.seconds:.0f}", f"{step.waited:.0f}", f"{step.age:.2f}", f"{with_old / step.seconds:.2f}")
             table.add_row(str(cards), name, *numbers, *gain)
         table.add_section()
-    console = Console(width=max(Console().width, 150))
-    console.print(table)
-    console.print(
+    console(width=150).print(table)
+    say(
         f"Fitted: {load.per_response * 1e6:.1f} us a token for each response under way, to the published generation on "
         f"32 cards in lockstep; phase times c/cards + d to the published ones. Assumed: responses of {load.mean:.0f} "
         f"tokens in the mean (lognormal, {load.spread:g}, cut at {load.longest}), {load.sync_seconds:g} s a sync."

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from cppo_verl import core
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import read_config
-from cppo_verl.run.terminal import say
+from cppo_verl.run.terminal import console, say
 from cppo_verl.training.dumps import dumps_of, load
 
 # The paper's ratio of delta to a fixed delta_b (0.15 / 0.015): what ten average tokens may spend one may spend alone.
@@ -60,7 +59,7 @@ def calibrate(run: Path, w_min: float | None, as_json: bool) -> int:
         "masked": [[share._asdict() for share in row] for row in grid],
     }
     if as_json:
-        print(json.dumps(record, indent=2))
+        say(json.dumps(record, indent=2))
     else:
         _show(record, grid)
     return 0
@@ -169,6 +168,6 @@ def _show(record: dict[str, Any], grid: list[list[Share]]) -> None:
         table.add_column("no budget" if budget is None else f"delta_b {budget:.2g}", justify="right", no_wrap=True)
     for delta, row in zip(record["delta"], grid, strict=True):
         table.add_row(f"{delta:.2g}", *(f"{share.masked:.2%} ({share.by_prefix:.2%})" for share in row))
-    Console(width=max(Console().width, 120)).print(table)
+    console(width=120).print(table)
     say(f"to begin with: method.delta={hint['delta']:g} method.delta_b={hint['delta_b']:g}")
     say(f"  delta_b: {hint['reason']}; delta: ten times that, the paper's ratio. A starting point, not a tuned value")

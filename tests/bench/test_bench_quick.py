@@ -114,8 +114,8 @@ def test_the_process_measures_cell_by_cell_and_its_failure_is_told(tmp_path, cap
     ("arguments", "text"),
     [
         (["--write"], "--write renews the ratios of --quick; give both"),
-        (["--quick", "method=dppo"], "--costs and --quick take no settings; got method=dppo"),
-        (["--costs", "x", "method=dppo"], "--costs and --quick take no settings; got method=dppo"),
+        (["--quick", "method=dppo"], "--costs, --quick and --schedule take no settings; got method=dppo"),
+        (["--costs", "x", "method=dppo"], "--costs, --quick and --schedule take no settings; got method=dppo"),
     ],
 )
 def test_what_does_not_go_together_is_refused(arguments, text, capsys):

@@ -55,6 +55,7 @@ def test_overrides_after_the_option_count(overrides, capsys):
     assert "cppo_verl.methods.Grpo" in capsys.readouterr().out
 
 
+@pytest.mark.alone
 def test_a_refusal_is_short_and_fast(overrides):
     started = time.perf_counter()
     done = cppo("train", *overrides, "method.delta=-1", "method.w_min=0.5")

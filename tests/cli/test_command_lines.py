@@ -423,7 +423,7 @@ OTHERS = [
     ("bench --vocabulary 0", "argument --vocabulary: must be a whole number, 1 or more"),
     ("bench --against nothing", "invalid choice: 'nothing'"),
     ("bench --write", "--write renews the ratios of --quick"),
-    ("bench --quick method=cppo", "--costs and --quick take no settings"),
+    ("bench --quick method=cppo", "--costs, --quick and --schedule take no settings"),
     ("bench --quick --costs x", "not allowed with argument"),
     ("bench =3", "'=3' is no setting"),
     ("doctor =3", "'=3' is no setting"),

@@ -126,7 +126,7 @@ def test_a_checkpoint_of_a_run_with_tools_is_refused(run):
     loop = "{default_agent_loop: %s}"
     for name, refused in (("cppo_single_turn", False), ("cppo_tool_agent", True)):
         (run / "config.yaml").write_text(
-            "data: {}\nreward: {custom_reward_function: {}}\nrun: {}\n"
+            "data: {}\nreward: {custom_reward_function: {}}\nrun: {}\nmethod: {}\ntrainer: {}\ndivergence: {}\n"
             f"actor_rollout_ref: {{model: {{}}, rollout: {{val_kwargs: {{}}, agent: {loop % name}}}}}\n"
         )
         if refused:
