@@ -226,6 +226,9 @@ REFUSED = [
     (["mode=colocate_async", "actor_rollout_ref.rollout.full_determinism=true"], "set false, or mode=sync"),
     (["mode=separate_async", "data.train_batch_size=48"], "are not data.train_batch_size=48; give 6"),
     (["mode=separate_async", "actor_rollout_ref.rollout.n_gpus_per_node=0"], "give the servers devices of their own"),
+    (["mode=separate_async", "actor_rollout_ref.rollout.n_gpus_per_node=two"], "n_gpus_per_node=two: give the servers"),
+    (["mode=separate_async", "actor_rollout_ref.rollout.nnodes=null"], "nnodes=None: give the servers devices"),
+    (["mode=separate_async", "trainer.n_gpus_per_node=two"], "trainer.n_gpus_per_node=two: give a number of GPUs"),
     (
         ["mode=separate_async", "actor_rollout_ref.rollout.checkpoint_engine.backend=naive"],
         "it reaches servers on the training devices only",
