@@ -111,6 +111,25 @@ def test_a_reward_manager_sees_in_a_batch_what_it_sees_alone():
         assert item.non_tensor_batch["tool_extra_fields"]["number"] == number
 
 
+def test_training_and_validation_are_graded_at_once():
+    """A row of training has columns of its own; with the first row's columns for all, whole batches were lost."""
+    from cppo_verl.adapters.rollout.workers import _grading
+
+    batches = []
+
+    async def compute_score_batch(data):
+        batches.append([sorted(data.non_tensor_batch), len(data)])
+        return [{"reward_score": float(item.non_tensor_batch["reward_model"]["ground_truth"])} for item in data]
+
+    worker = SimpleNamespace(compute_score_batch=SimpleNamespace(remote=compute_score_batch))
+    responses = [
+        (output, {**row, "cppo_topk": 20} if place != 1 else row) for place, (output, row) in enumerate(ungraded())
+    ]
+    results = asyncio.run(_grading(worker)(responses))
+    assert [result["reward_score"] for result in results] == [0.0, 1.0, 2.0]
+    assert [(count, "cppo_topk" in names) for names, count in batches] == [(2, True), (1, False)]
+
+
 def test_what_a_tool_answered_is_not_graded():
     from cppo_verl.adapters.rollout.workers import reward_inputs
 

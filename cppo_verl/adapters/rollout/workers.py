@@ -137,6 +137,16 @@ def _grading(worker: ActorHandle) -> Callable[[list[Ungraded]], Any]:
             return await graded(responses)
 
     async def graded(responses: list[Ungraded]) -> list[dict[str, Any] | BaseException]:
+        # A batch has one set of columns: in the asynchronous modes training and validation are graded at once.
+        alike: dict[frozenset[str], list[int]] = defaultdict(list)
+        for place, (_, row) in enumerate(responses):
+            alike[frozenset(row)].append(place)
+        results: dict[int, dict[str, Any] | BaseException] = {}
+        for places in alike.values():
+            results |= zip(places, await graded_alike([responses[place] for place in places]), strict=True)
+        return [results[place] for place in range(len(responses))]
+
+    async def graded_alike(responses: list[Ungraded]) -> list[dict[str, Any] | BaseException]:
         try:
             return await worker.compute_score_batch.remote(reward_inputs(responses))
         except RayTaskError:
