@@ -26,7 +26,7 @@ settings=(
 if [[ ! $dry ]]; then
   # A mistyped setting is told before the warm-up, not after it.
   checked=$("$bin/cppo" train "${settings[@]}" "$@" --dry-run 2>&1 >/dev/null) || { echo "$checked" >&2 && exit 2; }
-  # shellcheck disable=SC2086 # TASK holds flags: recipes/tools.sh has another task
-  "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed" ${TASK:-}
+  # shellcheck disable=SC2086 # several flags: recipes/tools.sh has another task
+  "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed" ${CPPO_QUICKSTART_FLAGS:-}
 fi
 exec "$bin/cppo" train "${settings[@]}" "$@"

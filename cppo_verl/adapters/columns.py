@@ -4,6 +4,10 @@ The Top-K columns have the same names in the server's output, in the queue, in t
 a dumped step.
 """
 
+# verl's names of our agent loops: one turn, and several with tools.
+AGENT_LOOP = "cppo_single_turn"
+TOOL_LOOP = "cppo_tool_agent"
+
 # In a training batch for the agent loop, and in a request's SamplingParams.extra_args: K, the tokens wanted a position.
 TOPK = "cppo_topk"
 

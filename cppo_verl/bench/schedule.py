@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import linear_regression
 from typing import NamedTuple
 
 from rich.table import Table
@@ -67,11 +68,8 @@ class Load:
 
 def inverse_fit(points: dict[int, float]) -> Callable[[int], float]:
     """``c / cards + d`` by least squares, d no less than 0: the seconds of a phase on any number of cards."""
-    x, y = [1 / cards for cards in points], list(points.values())
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-    rest = max(0.0, mean_y - slope * mean_x)
-    return lambda cards: slope / cards + rest
+    slope, rest = linear_regression([1 / cards for cards in points], list(points.values()))
+    return lambda cards: slope / cards + max(0.0, rest)
 
 
 @dataclass
@@ -228,26 +226,19 @@ def schedule() -> int:
         row = PUBLISHED.get(cards)
         sync = simulate(load, "sync", cards, lockstep(cards))
         with_old = sync.seconds + old(cards)
-        lines = [
-            (
-                "verl in lockstep (recomputes old log-probabilities)",
-                Step(with_old, sync.waited, 0),
-                row and row.sync_step,
-            ),
-            ("mode=sync", sync, None),
-            ("mode=colocate_async", simulate(load, "colocate_async", cards, lockstep(cards)), None),
-            (
-                "mode=separate_async, half and half",
-                simulate(load, "separate_async", cards // 2, apart(cards // 2)),
-                row and row.async_step,
-            ),
+        shown = [
+            ("verl in lockstep (recomputes old log-probabilities)", Step(with_old, sync.waited, 0)),
+            ("mode=sync", sync),
+            ("mode=colocate_async", simulate(load, "colocate_async", cards, lockstep(cards))),
+            ("mode=separate_async, half and half", simulate(load, "separate_async", cards // 2, apart(cards // 2))),
         ]
-        for name, step, published in lines:
-            gain = [f"{published:.0f}", f"{row.sync_step / published:.2f}"] if row and published else []
-            if row and gain and published is not row.sync_step:
-                gain.append(row.gain)
+        published: list[list[str]] = [[], [], [], []]
+        if row:
+            published[0] = [f"{row.sync_step:.0f}", "1.00"]
+            published[3] = [f"{row.async_step:.0f}", f"{row.sync_step / row.async_step:.2f}", row.gain]
+        for (name, step), cells in zip(shown, published, strict=True):
             numbers = (f"{step.seconds:.0f}", f"{step.waited:.0f}", f"{step.age:.2f}", f"{with_old / step.seconds:.2f}")
-            table.add_row(str(cards), name, *numbers, *gain)
+            table.add_row(str(cards), name, *numbers, *cells)
         table.add_section()
     console(width=150).print(table)
     say(

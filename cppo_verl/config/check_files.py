@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from cppo_verl.adapters.columns import AGENT_LOOP, TOOL_LOOP
 from cppo_verl.checkpoint.find import has_weights
 from cppo_verl.config.rows import inspect_rows
 from cppo_verl.config.schema import shown
@@ -218,10 +219,10 @@ def check_tools(config: DictConfig) -> Iterator[Problem]:
     loop, loop_key = rollout.agent.default_agent_loop, "actor_rollout_ref.rollout.agent.default_agent_loop"
     keys = [f"actor_rollout_ref.rollout.multi_turn.{name}" for name in ("function_tool_path", "tool_config_path")]
     given = {key: Path(path) for key in keys if (path := OmegaConf.select(config, key)) is not None}
-    if loop == "cppo_tool_agent" and not given:
+    if loop == TOOL_LOOP and not given:
         yield about(keys[0], f" is not set: {loop_key}={loop} needs a file of tools, here or in tool_config_path")
-    if loop == "cppo_single_turn" and given:
-        yield about(loop_key, f"={loop} uses no tools, but {next(iter(given))} is set; give cppo_tool_agent")
+    if loop == AGENT_LOOP and given:
+        yield about(loop_key, f"={loop} uses no tools, but {next(iter(given))} is set; give {TOOL_LOOP}")
     for key, path in given.items():
         if not path.is_file():
             yield about(key, f"={path} does not exist")

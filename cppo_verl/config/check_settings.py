@@ -8,6 +8,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cppo_verl.adapters.columns import AGENT_LOOP, TOOL_LOOP
 from cppo_verl.config import model_folder
 from cppo_verl.methods import MEASURES
 from cppo_verl.problems import Problem, about
@@ -193,11 +194,11 @@ def check_rollout(config: DictConfig) -> Iterator[Problem]:
     if rollout.logprobs_mode != "processed_logprobs":
         yield about("actor_rollout_ref.rollout.logprobs_mode", f"={rollout.logprobs_mode}: must be processed_logprobs")
     yield from _check_length(config)
-    if rollout.agent.default_agent_loop not in ("cppo_single_turn", "cppo_tool_agent"):
+    if rollout.agent.default_agent_loop not in (AGENT_LOOP, TOOL_LOOP):
         yield about(
             "actor_rollout_ref.rollout.agent.default_agent_loop",
-            f"={rollout.agent.default_agent_loop}: only cppo_single_turn and cppo_tool_agent ask for what the trust "
-            "region needs",
+            f"={rollout.agent.default_agent_loop}: only {AGENT_LOOP} and {TOOL_LOOP} ask for what the trust region "
+            "needs",
         )
     # Shorter than the longest prompt alone it may do, where the data's prompts are short; the dry run warns.
     length, sizes = rollout.max_model_len, (config.data.max_prompt_length, config.data.max_response_length)

@@ -196,9 +196,8 @@ def _fill_in_run(config: DictConfig) -> None:
     if isinstance(reward.path, str) and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)
     turns = config.actor_rollout_ref.rollout.multi_turn
-    turns.function_tool_path, turns.tool_config_path = map(
-        _absolute, (turns.function_tool_path, turns.tool_config_path)
-    )
+    for key in ("function_tool_path", "tool_config_path"):
+        turns[key] = _absolute(turns[key])
     for key in ("train_files", "val_files"):
         files = config.data[key]
         if isinstance(files, ListConfig):

@@ -150,8 +150,9 @@ def _rollout_server(config: DictConfig) -> str:
 def _agent_loop(config: DictConfig) -> str:
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 
+    from cppo_verl.adapters.columns import TOOL_LOOP
     from cppo_verl.adapters.rollout.agent_loop import TrustRegionAgentLoop
-    from cppo_verl.adapters.rollout.tool_loop import TOOL_LOOP, TrustRegionToolLoop
+    from cppo_verl.adapters.rollout.tool_loop import TrustRegionToolLoop
 
     name = config.actor_rollout_ref.rollout.agent.default_agent_loop
     ours = TrustRegionToolLoop if name == TOOL_LOOP else TrustRegionAgentLoop

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from cppo_verl.adapters.columns import TOOL_LOOP
 from cppo_verl.checkpoint.export import fingerprint
 from cppo_verl.checkpoint.find import Checkpoint
 from cppo_verl.config.compose import compose
@@ -65,7 +66,7 @@ def run_config(checkpoint: Checkpoint) -> DictConfig:
     for name in _READ:
         if not isinstance(OmegaConf.select(config, name), DictConfig):
             raise DamagedFile(checkpoint.run / CONFIG, 1, f"lacks {name}", COPY_BACK)
-    if OmegaConf.select(config, "actor_rollout_ref.rollout.agent.default_agent_loop") == "cppo_tool_agent":
+    if OmegaConf.select(config, "actor_rollout_ref.rollout.agent.default_agent_loop") == TOOL_LOOP:
         raise EvaluationError(
             f"{checkpoint.run} was trained with tools, and an evaluation generates one turn without them; the run's "
             "own validations use them (trainer.test_freq; of a checkpoint: cppo train with run.resume=true "

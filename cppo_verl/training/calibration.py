@@ -1,14 +1,13 @@
 """``cppo calibrate``: what delta and delta_b would mask, by the divergences of dumped steps, and where to begin."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from cppo_verl import core
 from cppo_verl.problems import ConfigError
@@ -39,12 +38,13 @@ def calibrate(run: Path, w_min: float | None, as_json: bool) -> int:
     """Print quantiles of D, the mismatch floor, a table of masked shares and a suggestion; returns the exit status.
 
     Raises:
-        ConfigError: the run has no dumped step, or not one valid token in it.
+        ConfigError: it is no run, has no dumped step, or not one valid token in it.
     """
-    files = dumps_of(run)
+    if w_min == 0:
+        raise ConfigError("--w-min=0: the last token's weight must be above 0")
+    config, files = read_config(run), dumps_of(run)
     if not files:
         raise ConfigError(f"{run} has no dumped step; train a few with run.dump_steps=[1,2,3]")
-    config = read_config(run)
     if w_min is None:
         w_min = float(config.method.get("w_min") or 0.8)
     batches = [(load(file), _minibatch(file)) for file in files]
@@ -86,7 +86,7 @@ def describe(batches: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
         "tokens": len(d),
         "responses": int(sum(batch["response_mask"].any(-1).sum() for batch, _ in batches)),
         "mean": float(d.mean()),
-        "quantiles": dict(zip(map(str, QUANTILES), _quantiles(d, QUANTILES), strict=True)),
+        "quantiles": {str(at): float(np.quantile(d, at)) for at in QUANTILES},
         "largest": float(d.max()),
         "mean_by_age": {str(int(age)): float(d[a == age].mean()) for age in a.unique()},
         "floor": {"tokens": len(at_mu), "mean": float(at_mu.mean()), "largest": float(at_mu.max())}
@@ -98,12 +98,12 @@ def describe(batches: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
 def suggest(batches: Sequence[tuple[dict[str, Any], int]], floor: dict[str, Any] | None) -> Suggestion:
     """delta_b: the median response's P90 of D (what Eq. 22 would calibrate it to); delta: ten times that."""
     rows = [
-        _quantiles(divergence[valid].double(), (0.9,))[0]
+        np.quantile(divergence[valid].double(), 0.9)
         for batch, _ in batches
         for divergence, valid in zip(batch["divergence"], batch["response_mask"], strict=True)
         if valid.any()
     ]
-    budget, reason = _quantiles(torch.tensor(rows, dtype=torch.float64), (0.5,))[0], "the median response's P90 of D"
+    budget, reason = float(np.median(rows)), "the median response's P90 of D"
     if floor is not None and budget < 2 * floor["mean"]:
         budget, reason = 2 * floor["mean"], "twice the mean mismatch of the engines, which is more than the median P90"
     budget = max(budget, 1e-6)
@@ -134,15 +134,6 @@ def masked(batches: Sequence[dict[str, Any]], delta: float, delta_b: float | Non
 
 def _minibatch(file: Path) -> int:
     return int(file.name.removeprefix("minibatch").partition("_")[0])
-
-
-def _quantiles(values: Tensor, at: Sequence[float]) -> list[float]:
-    """Linear interpolation; torch.quantile takes no more than 16 million values."""
-    ordered = values.sort().values
-    places = [share * (len(ordered) - 1) for share in at]
-    low = [ordered[math.floor(place)] for place in places]
-    high = [ordered[math.ceil(place)] for place in places]
-    return [float(a + (b - a) * (p - math.floor(p))) for a, b, p in zip(low, high, places, strict=True)]
 
 
 def _two_digits(value: float) -> float:

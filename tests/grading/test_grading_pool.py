@@ -41,7 +41,7 @@ def test_hostile_answers_harm_nobody_in_ray_actors():
 
             return pressure()
 
-        for result in ray.get([reward_worker.remote() for _ in range(2)], timeout=400):
+        for result in ray.get([reward_worker.remote() for _ in range(2)], timeout=180):
             assert_unharmed(result)
     finally:
         ray.shutdown()

@@ -75,6 +75,10 @@ def test_a_suggestion_is_above_the_floor_and_says_why():
 def test_the_command(tmp_path, capsys):
     run = tmp_path / "r"
     (run / "dumps/step_1").mkdir(parents=True)
+    assert main(["calibrate", str(run)]) == 2
+    assert "config.yaml" in capsys.readouterr().err
+    assert main(["calibrate", str(run), "--w-min", "0"]) == 2
+    assert "--w-min=0: the last token's weight must be above 0" in capsys.readouterr().err
     rest = "actor_rollout_ref: {}\ndata: {}\nrun: {}\ntrainer: {}\n"
     own = "method: {name: cppo, w_min: 0.8}\ndivergence: {name: binary_tv, kind: tv}\n"
     (run / "config.yaml").write_text(rest + own)

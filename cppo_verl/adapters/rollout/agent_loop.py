@@ -11,11 +11,8 @@ from pydantic import PrivateAttr
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, ROLLOUT_VERSION, TOPK, TOPK_COLUMNS, TOPK_IDS
+from cppo_verl.adapters.columns import AGENT_LOOP, ROLLOUT_TOPK_LOG_PROB, ROLLOUT_VERSION, TOPK, TOPK_COLUMNS, TOPK_IDS
 from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
-
-# verl's name of our agent loop.
-AGENT_LOOP = "cppo_single_turn"
 
 # Rendered prompts a worker remembers: some ten megabytes.
 _KEPT_PROMPTS = 10_000

@@ -25,15 +25,13 @@ from cppo_verl.adapters.columns import (
     ROLLOUT_VERSION,
     TOOL_CALLS,
     TOOL_ERRORS,
+    TOOL_LOOP,
     TOPK,
     TOPK_COLUMNS,
     TRUNCATED,
 )
 from cppo_verl.adapters.rollout.agent_loop import TopKAgentLoopOutput
 from cppo_verl.adapters.rollout.seeding import piece_seed, problem_key, response_seed
-
-# verl's name of our agent loop for tools.
-TOOL_LOOP = "cppo_tool_agent"
 
 # How the texts begin that verl gives a model whose call failed.
 _FAILURES = ("Error executing tool '", "Unknown function '", "Invalid JSON in arguments for '")

@@ -32,7 +32,8 @@ from verl.utils.rollout_trace import rollout_trace_attr
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import LLMServerClient
 
-from cppo_verl.adapters.rollout.agent_loop import AGENT_LOOP, TrustRegionAgentLoop
+from cppo_verl.adapters.columns import AGENT_LOOP
+from cppo_verl.adapters.rollout.agent_loop import TrustRegionAgentLoop
 from cppo_verl.adapters.rollout.batching import Batched
 from cppo_verl.run import progress
 
