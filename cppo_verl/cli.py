@@ -171,12 +171,14 @@ def _add_bench_arguments(bench: argparse.ArgumentParser) -> None:
         default=list(OTHERS),
         help="what to compare with (default: all); write -- before overrides that follow",
     )
-    bench.add_argument(
+    random = bench.add_mutually_exclusive_group()
+    random.add_argument(
         "--vocabulary", type=_positive, help="use a tiny random model with this many tokens, e.g. 151936"
     )
+    random.add_argument("--shape", metavar="NAME", help="use random weights of that shape, e.g. Qwen3-1.7B")
     instead = bench.add_mutually_exclusive_group()
     instead.add_argument(
-        "--costs", type=Path, metavar="FOLDER", help="instead: cost of each part of ours as work grows, on the CPU"
+        "--costs", type=Path, metavar="FOLDER", help="instead: cost of each part of ours as work grows"
     )
     instead.add_argument(
         "--quick", action="store_true", help="instead: ratios against the committed ones; exit status 1 above a limit"

@@ -10,6 +10,7 @@ import psutil
 
 from cppo_verl.bench.timing import Effort
 from cppo_verl.run.files import read_lines, write_atomically
+from cppo_verl.run.machine import gpus
 
 # A part and its sizes, and "variants" where not all of its functions are timed; the record of a finished one also has
 # "seconds", a list for each function that was.
@@ -35,24 +36,28 @@ _BYTES_A_TOKEN = {"mask": 120, "quantile": 60, "queue": 1000}
 # Log-probabilities: logits, their gradient and what the backward pass needs in between.
 _COPIES_OF_THE_LOGITS = 4
 MEMORY_LIMIT = 4 * 2**30
+# Of the first GPU's memory, where there is one.
+_SHARE_OF_A_GPU = 0.6
 
 QWEN3_VOCABULARY = 151_936
 LENGTHS, RESPONSES = (1024, 4096, 16_384, 65_536), (1, 16, 256, 4096)
 
 
-def grid() -> list[Cell]:
-    """The cells of ``--costs``, small ones first within each part."""
+def grid(on_gpu: bool) -> list[Cell]:
+    """The cells of ``--costs``, small ones first within each part; on a GPU without those that are the host's work."""
     cells: list[Cell] = []
     for part in ("mask", "quantile"):
         cells += [{"part": part, "responses": rows, "tokens": length} for rows in RESPONSES for length in LENGTHS]
     for dtype in ("float32", "bfloat16"):
-        for tokens in (64, 256, 1024):
+        for tokens in (1024, 4096, 16_384) if on_gpu else (64, 256, 1024):
             cells.append({"part": "gather", "vocabulary": QWEN3_VOCABULARY, "dtype": dtype, "tokens": tokens, "k": 20})
     for dtype in ("float32", "bfloat16"):
-        cells.append({"part": "log_prob", "vocabulary": QWEN3_VOCABULARY, "dtype": dtype, "tokens": 512})
+        tokens = 16_384 if on_gpu else 512
+        cells.append({"part": "log_prob", "vocabulary": QWEN3_VOCABULARY, "dtype": dtype, "tokens": tokens})
+    if on_gpu:
+        return [*cells, _rollout_cell(QWEN3_VOCABULARY, responses=256, tokens=64)]
     for vocabulary in (55, 49_152, QWEN3_VOCABULARY):
-        variants = ["none", "K=0", "K=1", "K=20", "vLLM's K=20"] + ["K=64"] * (vocabulary >= 64)
-        cells.append({"part": "rollout", "vocabulary": vocabulary, "responses": 32, "tokens": 32, "variants": variants})
+        cells.append(_rollout_cell(vocabulary, responses=32, tokens=32))
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         cells.append({"part": "signal", "vocabulary": 55, "responses": 64, "tokens": 64, "k": 20, "share": share})
     for dtype in ("float32", "float16"):
@@ -61,14 +66,32 @@ def grid() -> list[Cell]:
     return cells
 
 
-def too_large(cell: Cell) -> str | None:
-    """Why a cell is not measured on this machine, or None."""
+def _rollout_cell(vocabulary: int, responses: int, tokens: int) -> Cell:
+    variants = ["none", "K=0", "K=1", "K=20", "vLLM's K=20"] + ["K=64"] * (vocabulary >= 64)
+    return {
+        "part": "rollout",
+        "vocabulary": vocabulary,
+        "responses": responses,
+        "tokens": tokens,
+        "variants": variants,
+    }
+
+
+def memory_limit() -> float:
+    """Bytes that a cell may take: of the first GPU's memory, or of this machine's."""
+    cards = gpus()
+    if cards:  # "NVIDIA H100 80GB HBM3, 81559 MiB"
+        return float(cards[0].rsplit(",", 1)[1].split()[0]) * 2**20 * _SHARE_OF_A_GPU
+    return min(MEMORY_LIMIT, psutil.virtual_memory().available)
+
+
+def too_large(cell: Cell, limit: float) -> str | None:
+    """Why a cell is not measured within ``limit`` bytes, or None."""
     tokens, part = cell["tokens"] * cell.get("responses", 1), cell["part"]
     if part in ("gather", "log_prob"):
         size = tokens * cell["vocabulary"] * (4 if cell["dtype"] == "float32" else 2) * _COPIES_OF_THE_LOGITS
     else:
         size = tokens * _BYTES_A_TOKEN.get(part, 0)
-    limit = min(MEMORY_LIMIT, psutil.virtual_memory().available)
     return f"needs about {size / 2**30:.1f} GiB, more than {limit / 2**30:.1f}" if size > limit else None
 
 

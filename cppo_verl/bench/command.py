@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cppo_verl.bench.figures import summarize
-from cppo_verl.bench.model import embedding_megabytes, tiny_model
+from cppo_verl.bench.model import random_model, shapes, tiny_model
 from cppo_verl.bench.variants import OURS
 from cppo_verl.config.compose import compose, run_folder
 from cppo_verl.config.validate import validate
@@ -35,16 +35,19 @@ def bench(overrides: list[str], costs: Path | None, quick: bool, schedule: bool,
     return bench_step(overrides, **options)
 
 
-def bench_step(overrides: list[str], rounds: int, against: list[str], vocabulary: int | None) -> int:
+def bench_step(overrides: list[str], rounds: int, against: list[str], vocabulary: int | None, shape: str | None) -> int:
     """Train ``rounds`` rounds of one step of each variant; returns the exit status.
 
     Args:
         overrides: Hydra's, as for ``cppo train``.
         against: variants other than ours.
         vocabulary: use a tiny random model with this many tokens.
+        shape: use random weights of this model's shape (configs/facts/).
     """
     if rounds < 2:
         raise ConfigError("--rounds must be 2 or more; an interval needs at least two")
+    if shape is not None and shape not in shapes():
+        raise ConfigError(f"--shape {shape}: not known; there are {', '.join(shapes())} (configs/facts/)")
     variants = [OURS, *against]
     fixed = [
         "trainer.val_before_train=false",
@@ -56,10 +59,9 @@ def bench_step(overrides: list[str], rounds: int, against: list[str], vocabulary
         "+bench.divergence=null",
         "+bench.binary=null",
     ]
-    if vocabulary is not None:
-        bucket = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
-        fixed += [f"actor_rollout_ref.model.path={tiny_model(vocabulary)}"]
-        fixed += [f"{bucket}={embedding_megabytes(vocabulary)}"]
+    if vocabulary is not None or shape is not None:
+        model = tiny_model(vocabulary) if vocabulary is not None else random_model(str(shape))
+        fixed += [f"actor_rollout_ref.model.path={model}"]
     config = compose([*overrides, *fixed])
     validate(config)
     # Taken out of the divergence node, which a step of the "binary" variant replaces.
@@ -67,6 +69,7 @@ def bench_step(overrides: list[str], rounds: int, against: list[str], vocabulary
     config.bench.binary = OmegaConf.to_container(compose(["divergence=binary_tv"]).divergence, resolve=True)
     command = ["cppo", "bench", "--rounds", str(rounds), "--against", *against]
     command += [] if vocabulary is None else ["--vocabulary", str(vocabulary)]
+    command += [] if shape is None else ["--shape", shape]
     status = launch(config, [*command, "--", *overrides], module="cppo_verl.bench.rounds")
     for name, text in summarize(run_folder(config)) if status == 0 else ():
         print(f"{name:<32} {text}")

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-from cppo_verl.bench.cells import RECORDS, grid, record_of, records, summary, title, too_large
+from cppo_verl.bench.cells import RECORDS, grid, memory_limit, record_of, records, summary, title, too_large
 from cppo_verl.bench.measured import measure_cells
 from cppo_verl.bench.tables import markdown
 from cppo_verl.bench.timing import Effort
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.files import write_atomically, write_lines
 from cppo_verl.run.folder import MANIFEST
+from cppo_verl.run.machine import has_gpu
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import locked
 
@@ -29,11 +30,12 @@ def costs(folder: Path) -> int:
         # Without a last line that a kill cut off.
         write_lines(folder / RECORDS, finished)
         write_atomically(made, json.dumps(manifest(["cppo", "bench", "--costs", str(folder)]), indent=2) + "\n")
-        missing = [cell for cell in grid() if record_of(cell, finished) is None]
+        missing = [cell for cell in grid(has_gpu()) if record_of(cell, finished) is None]
+        limit = memory_limit()
         for cell in missing:
-            if reason := too_large(cell):
+            if reason := too_large(cell, limit):
                 print(f"left out  {title(cell)}: {reason}")
-        fitting = [cell for cell in missing if too_large(cell) is None]
+        fitting = [cell for cell in missing if too_large(cell, limit) is None]
         status = measure_cells(folder, fitting, _EFFORT, summary, {})
         if status == 0:
             text = markdown(records(folder))

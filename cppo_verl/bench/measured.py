@@ -8,6 +8,7 @@ from typing import Any
 
 from cppo_verl.bench.cells import RECORDS, Cell, by_process, write_plan
 from cppo_verl.bench.timing import Effort
+from cppo_verl.run.machine import has_gpu
 from cppo_verl.run.supervisor import INTERRUPTED, process_environment, supervise
 
 
@@ -50,7 +51,7 @@ def measure_cells(
     """
     progress, log = Progress(describe, len(cells)), folder / "bench.log"
     # A folder as "model": all of them are made here, and no hub is asked.
-    environment = process_environment(True, str(folder)) | extra
+    environment = process_environment(not has_gpu(), str(folder)) | extra
     for group in by_process(cells):
         write_plan(folder, group, effort)
         status = supervise("cppo_verl.bench.measure.process", folder, log, environment, folder / RECORDS, progress)

@@ -21,7 +21,7 @@ from cppo_verl.bench.measured import measure_cells
 from cppo_verl.bench.timing import Effort
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.files import write_atomically
-from cppo_verl.run.machine import cpu_name
+from cppo_verl.run.machine import cpu_name, has_gpu
 from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import INTERRUPTED
 
@@ -73,6 +73,8 @@ GUARDS = {
 
 def quick(write: bool) -> int:
     """Measure, compare and print; 1 where a ratio is above its limit. ``write``: renew the committed file instead."""
+    if has_gpu():
+        raise ConfigError("--quick compares with ratios of the CPU stack; on a GPU measure with --costs")
     if write:
         return _renew()
     committed = json.loads(RATIOS.read_text())

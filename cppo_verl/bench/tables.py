@@ -88,10 +88,13 @@ def _rollout(records: list[Cell]) -> str:
     rows = []
     for record in records:
         tokens = record["responses"] * record["tokens"]
-        times = [f"{_median(record, name) / tokens * 1e3:.3f}" if name in record["seconds"] else "-" for name in names]
+        times = [_a_token(_median(record, name) / tokens) if name in record["seconds"] else "-" for name in names]
         ratios = [_with_interval(record, name, "K=0") for name in ("K=20", "vLLM's K=20")]
         rows.append([f"{record['vocabulary']:,}", *times, *ratios])
-    text = "Rollout in a bare vLLM engine, 32 responses of 32 tokens, milliseconds a token:\n\n"
+    text = (
+        f"Rollout in a bare vLLM engine, {records[0]['responses']} responses of {records[0]['tokens']} tokens, "
+        "milliseconds a token:\n\n"
+    )
     return text + _table(["vocabulary", *names, "K=20 / K=0", "vLLM's K=20 / K=0"], rows)
 
 
@@ -145,9 +148,10 @@ def _circumstances(records: Sequence[Cell]) -> str:
     loads = [record["load"] for record in records]
     threads, dates = ({str(record[name]) for record in records} for name in ("threads", "date"))
     rounds = [len(next(iter(record["seconds"].values()))) for record in records]
+    cards = "".join(f"{name}; " for name in sorted({record["gpu"] for record in records if "gpu" in record}))
     return (
-        f"{', '.join(sorted(dates))}; {', '.join(sorted(threads))} thread(s); {min(rounds)} to {max(rounds)} rounds; "
-        f"load average before a cell {min(loads)} to {max(loads)}."
+        f"{', '.join(sorted(dates))}; {cards}{', '.join(sorted(threads))} thread(s); "
+        f"{min(rounds)} to {max(rounds)} rounds; load average before a cell {min(loads)} to {max(loads)}."
     )
 
 
@@ -162,6 +166,11 @@ def _ratio(record: Cell, ours: str, other: str) -> float:
 def _with_interval(record: Cell, ours: str, other: str) -> str:
     ratio = paired_ratio(record["seconds"][ours], record["seconds"][other])
     return f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def _a_token(seconds: float) -> str:
+    """Milliseconds, with at least three digits that count."""
+    return f"{seconds * 1e3:.3f}" if seconds >= 1e-4 else f"{seconds * 1e3:.3g}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -18,10 +18,17 @@ class Effort(NamedTuple):
     """... but never fewer than this."""
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, list[float]]:
-    """Seconds of every call by name, round by round in a random order; a first call of each is not counted."""
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], effort: Effort, wait: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of every call by name, round by round in a random order; a first call of each is not counted.
+
+    Args:
+        wait: returns when an accelerator has done what a call left it; its time is the call's.
+    """
     for function in functions.values():
         function()
+    wait()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order, names = random.Random(0), list(functions)
     deadline = time.perf_counter() + effort.seconds
@@ -34,6 +41,7 @@ def interleaved(functions: Mapping[str, Callable[[], object]], effort: Effort) -
             for name in order.sample(names, len(names)):
                 started = time.perf_counter()
                 result = functions[name]()
+                wait()
                 seconds[name].append(time.perf_counter() - started)
                 del result  # its memory is given back outside the next call's time
     finally:

@@ -8,6 +8,8 @@ are to be compared with - the full distributions - goes to FOLDER/truth, verl's 
 
 import json
 import os
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -198,6 +200,35 @@ def without_signal(batch, rows, left_out):
     return batch
 
 
+def run_engine(configs, folder, world, platform="cpu"):
+    """By name: folder, and each rank's updates by micro-batch size. All in one start of ``world`` processes."""
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        OmegaConf.save(config, folder / name / "config.yaml", resolve=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({"VERL_PLATFORM": "cpu"} if platform == "cpu" else {})
+    folders = {name: folder / name for name in configs}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(world), str(port), *map(str, folders.values())],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+
+    def read(path):
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    return {name: (path, [read(path / f"updates.{rank}") for rank in range(world)]) for name, path in folders.items()}
+
+
 def main(rank, world, port, *folders):
     os.environ |= {
         "RANK": rank,
@@ -206,7 +237,6 @@ def main(rank, world, port, *folders):
         "LOCAL_WORLD_SIZE": world,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "VERL_PLATFORM": "cpu",
         "OMP_NUM_THREADS": "1",
     }
     for folder in folders:

@@ -3,52 +3,16 @@ metrics, and D_t is that of the full distributions."""
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from engine import DELTA, DELTA_B, W_MIN
+from engine import DELTA, DELTA_B, W_MIN, run_engine
 from mask_oracle import mask_of_response
-from omegaconf import OmegaConf
 
 from cppo_verl.checkpoint.export import hugging_face_folder
 from cppo_verl.checkpoint.find import CheckpointError, find
 from cppo_verl.config.compose import compose
-
-ENGINE = Path(__file__).with_name("engine.py")
-
-
-def run_engine(configs, folder, world):
-    """By name: folder, and each rank's updates by micro-batch size. All in one start of ``world`` processes."""
-    for name, config in configs.items():
-        (folder / name).mkdir()
-        OmegaConf.save(config, folder / name / "config.yaml", resolve=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "VERL_PLATFORM": "cpu", "HF_HUB_OFFLINE": "1"}
-    folders = {name: folder / name for name in configs}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(ENGINE), str(rank), str(world), str(port), *map(str, folders.values())],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-
-    def read(path):
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    return {name: (path, [read(path / f"updates.{rank}") for rank in range(world)]) for name, path in folders.items()}
 
 
 @pytest.fixture(scope="module")

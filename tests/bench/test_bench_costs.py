@@ -8,7 +8,7 @@ import torch
 
 from cppo_verl.adapters.actor.log_prob import CHUNK
 from cppo_verl.bench import cells, costs, tables
-from cppo_verl.bench.cells import by_process, grid, record_of, records, too_large
+from cppo_verl.bench.cells import by_process, grid, memory_limit, record_of, records, too_large
 from cppo_verl.bench.measure import tensors
 from cppo_verl.bench.timing import Effort, interleaved
 from cppo_verl.cli import main
@@ -27,7 +27,7 @@ def test_every_function_is_called_once_a_round():
 
 
 def test_the_grid_is_that_of_the_documents():
-    parts = [cell["part"] for cell in grid()]
+    parts = [cell["part"] for cell in grid(on_gpu=False)]
     assert {part: parts.count(part) for part in parts} == {
         "mask": 16,
         "quantile": 16,
@@ -37,16 +37,16 @@ def test_the_grid_is_that_of_the_documents():
         "signal": 5,
         "queue": 6,
     }
-    assert [len(group) for group in by_process(grid())] == [40, 1, 1, 1, 5, 6]
+    assert [len(group) for group in by_process(grid(on_gpu=False))] == [40, 1, 1, 1, 5, 6]
 
 
 def test_cells_beyond_the_memory_are_left_out(monkeypatch):
     large = {"part": "mask", "responses": 4096, "tokens": 65_536}
-    assert too_large(large) == "needs about 30.0 GiB, more than 4.0"
+    assert too_large(large, memory_limit()) == "needs about 30.0 GiB, more than 4.0"
     small = {"part": "mask", "responses": 16, "tokens": 1024}
-    assert too_large(small) is None
+    assert too_large(small, memory_limit()) is None
     monkeypatch.setattr(cells.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**20}))
-    assert too_large(small) == "needs about 0.0 GiB, more than 0.0"
+    assert too_large(small, memory_limit()) == "needs about 0.0 GiB, more than 0.0"
 
 
 def test_a_record_belongs_to_the_cell_with_all_its_sizes():
@@ -70,9 +70,9 @@ def test_a_finished_cell_is_not_measured_again(monkeypatch, tmp_path, capsys):
         return 0
 
     monkeypatch.setattr(costs, "measure_cells", measure_cells)
-    monkeypatch.setattr(costs, "grid", lambda: wanted[:1])
+    monkeypatch.setattr(costs, "grid", lambda on_gpu: wanted[:1])
     assert main(["bench", "--costs", str(tmp_path)]) == 0
-    monkeypatch.setattr(costs, "grid", lambda: wanted)
+    monkeypatch.setattr(costs, "grid", lambda on_gpu: wanted)
     with open(tmp_path / "costs.jsonl", "a") as file:
         file.write('{"part": "mask", "resp')  # cut off by a kill
     assert main(["bench", "--costs", str(tmp_path)]) == 0

@@ -20,9 +20,12 @@ def measure(cell: Cell, effort: Effort) -> Cell:
     module = import_module(f"cppo_verl.bench.measure.{MODULES[cell['part']]}")
     load = os.getloadavg()[0]
     functions, facts = getattr(module, cell["part"])(cell)
-    seconds = interleaved({name: functions[name] for name in cell.get("variants", functions)}, effort)
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds = interleaved({name: functions[name] for name in cell.get("variants", functions)}, effort, wait)
     rounded = {name: [float(f"{value:.4g}") for value in values] for name, values in seconds.items()}
     circumstances = {"threads": torch.get_num_threads(), "load": round(load, 1), "date": time.strftime("%Y-%m-%d")}
+    if torch.cuda.is_available():
+        circumstances["gpu"] = torch.cuda.get_device_name()
     return {**cell, **circumstances, **facts, "seconds": rounded}
 
 

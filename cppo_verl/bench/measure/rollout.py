@@ -14,9 +14,12 @@ from cppo_verl.adapters.columns import TOPK
 from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
 from cppo_verl.bench.cells import Cell
 from cppo_verl.bench.model import tiny_model
+from cppo_verl.run.machine import has_gpu
 
 VARIANTS = ("none", "K=0", "K=1", "K=20", "vLLM's K=20", "K=64")
 _PROMPT_TOKENS = 16
+_CPU: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+_GPU: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
 
 
 def rollout(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
@@ -57,15 +60,12 @@ def sampling_params(variant: str, tokens: int) -> SamplingParams:
 
 
 def _engine(vocabulary: int, responses: int, length: int) -> LLMEngine:
-    """As configs/platform/cpu.yaml and verl's server set it up; all responses fit one batch."""
+    """As configs/platform and verl's server set it up; all responses fit one batch."""
     # The server does the same; requests that are not ours get vLLM's own collector.
     output_processor.LogprobsProcessor = TopKLogprobsProcessor
     return LLMEngine.from_engine_args(
         EngineArgs(
             model=str(tiny_model(vocabulary)),
-            dtype="float32",
-            enforce_eager=True,
-            enable_chunked_prefill=False,
             enable_prefix_caching=False,
             max_model_len=length,
             max_num_seqs=responses,
@@ -73,5 +73,6 @@ def _engine(vocabulary: int, responses: int, length: int) -> LLMEngine:
             max_logprobs=64,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            **(_GPU if has_gpu() else _CPU),
         )
     )

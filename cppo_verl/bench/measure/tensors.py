@@ -1,6 +1,7 @@
 """Mask, calibrated budget, Top-K gather and log-probabilities: tensors of a made-up batch in, nothing else around."""
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,26 @@ from cppo_verl.bench.cells import Cell
 
 Functions = dict[str, Callable[[], object]]
 
+# Where the tensors are, and what counts the bytes there.
+_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_MEMORY: Any = torch.cuda if _DEVICE.type == "cuda" else PlatformCPU.device_module
+
 # The paper's for Qwen3-30B-A3B-Base: thresholds and quantile.
 DELTA, DELTA_B, W_MIN, QUANTILE = 0.20, 0.020, 0.8, 0.9
 
 
+def _on_the_device(build: Callable[[Cell], tuple[Functions, dict[str, Any]]]) -> Callable[..., Any]:
+    """``build``, with every tensor that it makes on the device."""
+
+    @functools.wraps(build)
+    def built(cell: Cell) -> tuple[Functions, dict[str, Any]]:
+        with _DEVICE:
+            return build(cell)
+
+    return built
+
+
+@_on_the_device
 def mask(cell: Cell) -> tuple[Functions, dict[str, Any]]:
     """Position weights and mask with both causes, as the loss calls them, and reading their inputs once."""
     divergence, valid = _batch(cell)
@@ -37,6 +54,7 @@ def mask(cell: Cell) -> tuple[Functions, dict[str, Any]]:
     return {"mask": ours, "read": lambda: _read(log_ratio, advantages, divergence, valid)}, {}
 
 
+@_on_the_device
 def quantile(cell: Cell) -> tuple[Functions, dict[str, Any]]:
     """The calibrated budget (Eq. 22), sorting the divergences, and reading them once."""
     divergence, valid = _batch(cell)
@@ -47,6 +65,7 @@ def quantile(cell: Cell) -> tuple[Functions, dict[str, Any]]:
     return {"quantile": ours, "sort": lambda: divergence.sort(-1), "read": lambda: _read(divergence, valid)}, {}
 
 
+@_on_the_device
 def gather(cell: Cell) -> tuple[Functions, dict[str, Any]]:
     """The logits hook and what the loss makes of it, against verl's log-probability of the sampled token.
 
@@ -76,6 +95,7 @@ def gather(cell: Cell) -> tuple[Functions, dict[str, Any]]:
     return {"hook": hook, "copy": copy, "log_softmax": forward, "log_softmax and backward": both}, {}
 
 
+@_on_the_device
 def log_prob(cell: Cell) -> tuple[Functions, dict[str, Any]]:
     """log pi of the sampled tokens in float32, and verl's, which without flash-attn's kernel has the logits' dtype.
 
@@ -120,13 +140,12 @@ class _FromHead(torch.autograd.Function):
 
 
 def _peak(function: Callable[[], object]) -> int:
-    """Bytes that the process grows by at most while ``function`` runs."""
-    memory = PlatformCPU.device_module
+    """Bytes that the process, or what it has on the GPU, grows by at most while ``function`` runs."""
     ctypes.CDLL(None).malloc_trim(0)  # or memory kept from before would be used without growing
-    memory.reset_peak_memory_stats()
-    before = memory.memory_allocated()
+    _MEMORY.reset_peak_memory_stats()
+    before = _MEMORY.memory_allocated()
     function()
-    return int(memory.max_memory_allocated() - before)
+    return int(_MEMORY.max_memory_allocated() - before)
 
 
 def _batch(cell: Cell) -> tuple[Tensor, Tensor]:
