@@ -31,6 +31,9 @@ def run(tmp_path_factory):
     # Works without flash-attn; the model is too small for graphs to pay.
     command += ["+actor_rollout_ref.model.override_config.attn_implementation=sdpa"]
     command += ["actor_rollout_ref.rollout.enforce_eager=true", "actor_rollout_ref.rollout.gpu_memory_utilization=0.3"]
+    # verl's eight of each are for a node of eight cards.
+    command += ["actor_rollout_ref.rollout.agent.num_workers=2", "reward.num_workers=4"]
+    command += ["transfer_queue.backend.SimpleStorage.num_data_storage_units=2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=420)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
