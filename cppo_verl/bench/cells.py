@@ -55,6 +55,8 @@ def grid(on_gpu: bool) -> list[Cell]:
         tokens = 16_384 if on_gpu else 512
         cells.append({"part": "log_prob", "vocabulary": QWEN3_VOCABULARY, "dtype": dtype, "tokens": tokens})
     if on_gpu:
+        sizes = {"responses": 32, "tokens": 1008, "micro_batch": 4, "k": 20}
+        cells.append({"part": "update", "shape": "Qwen3-1.7B", "vocabulary": QWEN3_VOCABULARY, **sizes})
         return [*cells, _rollout_cell(QWEN3_VOCABULARY, responses=256, tokens=64)]
     for vocabulary in (55, 49_152, QWEN3_VOCABULARY):
         cells.append(_rollout_cell(vocabulary, responses=32, tokens=32))

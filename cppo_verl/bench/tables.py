@@ -98,6 +98,18 @@ def _rollout(records: list[Cell]) -> str:
     return text + _table(["vocabulary", *names, "K=20 / K=0", "vLLM's K=20 / K=0"], rows)
 
 
+def _update(records: list[Cell]) -> str:
+    rows = []
+    for record in records:
+        times = [_milliseconds(_median(record, name)) for name in ("ours", "stock")]
+        sizes = [f"{record['bytes'][name] / 2**30:.2f}" for name in ("ours", "stock")]
+        tokens = f"{record['responses']} x {record['tokens']:,}"
+        rows.append([record["shape"], tokens, *times, _with_interval(record, "ours", "stock"), *sizes])
+    header = ["shape", "responses x tokens", "ours, ms", "stock GRPO, ms", "ours / stock"]
+    text = "Update of a minibatch in verl's FSDP2 engine, K = 20, random weights, without flash-attn:\n\n"
+    return text + _table([*header, "GiB at the peak beyond what stays: ours", "stock"], rows)
+
+
 def _signal(records: list[Cell]) -> str:
     rows = []
     for record in sorted(records, key=lambda record: record["share"]):
@@ -190,5 +202,5 @@ def _extra(record: Cell) -> float:
 
 _TABLES = (
     *(("mask", _mask), ("quantile", _quantile), ("gather", _gather), ("log_prob", _log_prob)),
-    *(("rollout", _rollout), ("signal", _signal)),
+    *(("update", _update), ("rollout", _rollout), ("signal", _signal)),
 )

@@ -19,17 +19,39 @@ from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
 from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
 from cppo_verl.adapters.driver import resampling
 from cppo_verl.bench.cells import Cell
-from cppo_verl.bench.model import tiny_model
+from cppo_verl.bench.model import random_model, tiny_model
 from cppo_verl.config.compose import compose
+from cppo_verl.run.machine import has_gpu
 
 _PROMPT_TOKENS = 16
+# With padding removal, and attention that needs no flash-attn.
+_GPU = [
+    "platform=gpu",
+    "actor_rollout_ref.model.enable_gradient_checkpointing=true",
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+]
 
 
 def update(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
-    """Forward, loss, backward and optimiser step of one minibatch: ours over the Top-K divergence, and stock GRPO."""
+    """Forward, loss, backward and optimiser step of one minibatch: ours over the Top-K divergence, and stock GRPO.
+
+    "bytes", on a GPU: what is taken at the peak beyond what stays.
+    """
     batch, workers = _minibatch(cell), _workers(cell)
-    _set_sizes(batch, micro_batch_size=cell["responses"])
-    return {name: partial(_train, worker, batch) for name, worker in workers.items()}, {}
+    _set_sizes(batch, micro_batch_size=cell.get("micro_batch", cell["responses"]))
+    functions: dict[str, Callable[[], object]] = {}
+    for name, worker in workers.items():
+        functions[name] = partial(_train, worker, batch)
+    facts: dict[str, Any] = {"bytes": {name: _peak(function) for name, function in functions.items()}} if has_gpu() else {}
+    return functions, facts
+
+
+def _peak(function: Callable[[], object]) -> int:
+    function()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def signal(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
@@ -56,8 +78,10 @@ def _without_signal(batch: TensorDict, share: float) -> TensorDict:
 def _workers(cell: Cell) -> dict[str, TrainingWorker]:
     """verl's engine with our loss, and with verl's; each has a model of its own."""
     _join_process_group()
-    overrides = ["platform=cpu", "recipe=quickstart", "run.name=bench", "actor_rollout_ref.actor.optim.lr=0.0"]
-    config = compose([*overrides, f"actor_rollout_ref.model.path={tiny_model(cell['vocabulary'])}"])
+    model_folder = random_model(cell["shape"]) if "shape" in cell else tiny_model(cell["vocabulary"])
+    overrides = ["recipe=quickstart", "run.name=bench", "actor_rollout_ref.actor.optim.lr=0.0"]
+    overrides += [f"actor_rollout_ref.model.path={model_folder}", *(_GPU if has_gpu() else ["platform=cpu"])]
+    config = compose(overrides)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
     settings = TrainingWorkerConfig(
@@ -132,7 +156,7 @@ def _minibatch(cell: Cell) -> TensorDict:
             "rollout_log_probs": flat.expand(length).clone(),
             "old_log_probs": flat.expand(length).clone(),
             "advantages": torch.randn(()).expand(length).clone(),
-            "topk_ids": torch.stack([torch.randperm(vocabulary)[:k] for _ in range(length)]).int(),
+            "topk_ids": (torch.randint(vocabulary, (length, 1)) + torch.arange(k)).remainder(vocabulary).int(),
             "rollout_topk_log_prob": flat.expand(length, k).clone(),
         }
         for name, value in fields.items():
