@@ -38,11 +38,13 @@ def update(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]
     "bytes", on a GPU: what is taken at the peak beyond what stays.
     """
     batch, workers = _minibatch(cell), _workers(cell)
-    _set_sizes(batch, micro_batch_size=cell.get("micro_batch", cell["responses"]))
+    _set_sizes(batch, micro_batch_size=int(cell.get("micro_batch") or cell["responses"]))
     functions: dict[str, Callable[[], object]] = {}
     for name, worker in workers.items():
         functions[name] = partial(_train, worker, batch)
-    facts: dict[str, Any] = {"bytes": {name: _peak(function) for name, function in functions.items()}} if has_gpu() else {}
+    facts: dict[str, Any] = (
+        {"bytes": {name: _peak(function) for name, function in functions.items()}} if has_gpu() else {}
+    )
     return functions, facts
 
 
