@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")
     inspect.add_argument("--step", type=_seed, metavar="N", help="only this step (default: every dumped one)")
     inspect.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/inspect.html")
-    inspect.add_argument("--limit", type=_positive, default=256, help="responses a step, whole groups (default: 256)")
+    inspect.add_argument("--tokens", type=_positive, default=400_000, help="at most so many a step (default: 400000)")
     return parser
 
 

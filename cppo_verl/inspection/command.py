@@ -16,13 +16,13 @@ from cppo_verl.run.terminal import plain, say
 _LARGE = 50 * 2**20  # bytes: what a browser takes a while for
 
 
-def inspect(run: Path, step: int | None, out: Path | None, limit: int) -> int:
+def inspect(run: Path, step: int | None, out: Path | None, tokens: int) -> int:
     """Write the page of a run; returns the exit status.
 
     Args:
         step: None for every dumped step.
         out: the file to write; None for ``inspect.html`` in the run folder.
-        limit: responses a step.
+        tokens: how many to show of a step, about; whole groups.
 
     Raises:
         ConfigError: it is no run, has no such dumped step, or one cannot be read.
@@ -35,7 +35,7 @@ def inspect(run: Path, step: int | None, out: Path | None, limit: int) -> int:
         raise ConfigError(f"--step={step}: {run} has no dump of it; give one of {there}")
     shuffled = config.method.get("weights") == "shuffled"
     numbers = found if step is None else [step]
-    steps = [read_step(number, found[number], limit, shuffled) for number in numbers]
+    steps = [read_step(number, found[number], tokens, shuffled) for number in numbers]
     words, decoded = texts(config, _ids(steps))
     notes = "" if decoded else "The model's tokenizer.json was not found on this machine: tokens are shown by number."
     name = plain(str(config.run.get("name") or run.name))
@@ -45,10 +45,10 @@ def inspect(run: Path, step: int | None, out: Path | None, limit: int) -> int:
         raise ConfigError(f"--out={target}: is a folder; give a file, e.g. {target / 'inspect.html'}")
     write_atomically(target, content)
     for one in steps:
-        left = f"; {one.left_out} more beyond --limit={limit}" if one.left_out else ""
+        left = f"; {one.left_out} more responses are left out (--tokens={tokens})" if one.left_out else ""
         say(f"step {one.number}: {len(one.responses)} responses, {len(one.columns['id']):,} tokens{left}")
     size = len(content.encode())
-    say(f"{target}  {size / 2**20:.1f} MiB" + (": large; give --step or a smaller --limit" if size > _LARGE else ""))
+    say(f"{target}  {size / 2**20:.1f} MiB" + (": large; give --step or fewer --tokens" if size > _LARGE else ""))
     return 0
 
 

@@ -1,5 +1,6 @@
 """The methods that the page can compare: the run's own, and all others at their defaults."""
 
+import math
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +23,9 @@ def presets(config: DictConfig) -> list[dict[str, Any]]:
 
 
 def _method(settings: dict[Any, Any]) -> dict[str, Any]:
-    return {"name": settings["name"], "kind": settings["_target_"].rpartition(".")[2], "settings": settings}
+    # JSON has no infinity, which a threshold that never binds may be.
+    values = {key: "Infinity" if value == math.inf else value for key, value in settings.items()}
+    return {"name": settings["name"], "kind": settings["_target_"].rpartition(".")[2], "settings": values}
 
 
 def _defaults(name: str, config: DictConfig) -> dict[Any, Any]:

@@ -31,7 +31,7 @@ class Step(NamedTuple):
     prompts: list[list[int]]
     """Token ids."""
     left_out: int
-    """Responses of prompts beyond the limit."""
+    """Responses of prompts that are not shown."""
 
 
 def steps_of(run: Path) -> dict[int, list[Path]]:
@@ -45,9 +45,10 @@ def steps_of(run: Path) -> dict[int, list[Path]]:
 
 
 def read_step(number: int, files: Sequence[Path], limit: int, shuffled: bool) -> Step:
-    """The first prompts' responses, whole groups, at most ``limit`` responses but at least one group.
+    """All responses of a step's prompts; where they have over ``limit`` tokens, of every other, third ... prompt.
 
     Args:
+        limit: tokens, kept to on the average: a prompt is shown with all its responses or not at all.
         shuffled: the method's weights are; each response's come from its dumped seed.
 
     Raises:
@@ -71,20 +72,21 @@ def read_step(number: int, files: Sequence[Path], limit: int, shuffled: bool) ->
 
 def _prompts(files: Sequence[Path], limit: int) -> tuple[dict[tuple[int, ...], int], int]:
     """The prompts to show, token ids -> place, and how many responses the step has."""
-    sizes: dict[tuple[int, ...], int] = {}
+    keys: dict[tuple[int, ...], None] = {}
+    responses = tokens = 0
     for file in files:
-        for _, key in _trained(_read(file)):
-            sizes[key] = sizes.get(key, 0) + 1
-    if not sizes:
+        dump = _read(file)
+        trained = _trained(dump)
+        keys |= dict.fromkeys(key for _, key in trained)
+        responses += len(trained)
+        tokens += int(dump["response_mask"].sum())
+    if not keys:
         raise ConfigError(f"{files[0].parent} has no token in the loss (all groups were skipped): give another --step")
-    chosen: dict[tuple[int, ...], int] = {}
-    taken = 0
-    for key, size in sizes.items():
-        if chosen and taken + size > limit:
-            break
-        chosen[key] = len(chosen)
-        taken += size
-    return chosen, sum(sizes.values())
+    ordered = list(keys)
+    number = min(max(len(ordered) * limit // tokens, 1), len(ordered))
+    # Spread over the step: its first minibatch is trained by the weights that sampled it, and nothing in it has moved.
+    chosen = [ordered[place * len(ordered) // number] for place in range(number)]
+    return {key: place for place, key in enumerate(chosen)}, responses
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ function options(select, names, chosen) {
 
 function useMethod(preset) {
   state.method = { ...preset, settings: { ...preset.settings } };
-  const sliders = [...LOGARITHMIC, ...SHARES].filter((name) => typeof preset.settings[name] === "number");
+  const sliders = [...LOGARITHMIC, ...SHARES].filter((name) => Number.isFinite(preset.settings[name]));
   $("sliders").replaceChildren(...sliders.map((name) => slider(name, preset.settings[name])));
 }
 
@@ -92,7 +92,7 @@ function recompute() {
 // The line of a response in the list.
 function describe(row) {
   const { about, button } = row, { counts } = about, sign = { true: "✓", false: "✗" }[row.right] ?? "·";
-  const text = `${sign} A ${short(row.advantages[row.valid.indexOf(1)])} · ${row.n} tokens · S ${short(about.drift)}`;
+  const text = `${sign} A ${row.advantages[row.valid.indexOf(1)].toPrecision(2)} · ${row.n} tokens · S ${about.drift.toPrecision(2)}`;
   const more = masked(row) ? `masked ${percent(masked(row), about.trained)}: ${counts[BY_TOKEN]} token, ${counts[BY_PREFIX]} prefix`
     : "nothing masked";
   if (button.lastChild.textContent !== more) button.lastChild.textContent = more;
@@ -122,7 +122,8 @@ function open(row, at = null) {
   state.row?.button.removeAttribute("aria-current");
   state.row = row;
   row.button.setAttribute("aria-current", "true");
-  row.button.scrollIntoView({ block: "nearest" });
+  const list = row.button.closest("nav"), above = row.button.offsetTop - list.scrollTop;
+  if (above < 0 || above > list.clientHeight - 50) list.scrollTop = row.button.offsetTop - list.clientHeight / 2;
   const prompt = state.step.prompts[row.prompt];
   $("title").textContent = `response ${row.index + 1}, prompt ${row.prompt + 1}, minibatch ${row.minibatch}`;
   $("prompt").firstElementChild.textContent = `prompt: ${prompt.slice(-100)}`;
@@ -180,7 +181,7 @@ function choose(t, scroll = false) {
 // Shows the token under the pointer; null: the chosen one again.
 function point(t) {
   const masks = [[state.method.name, state.row.mask]];
-  if (state.beside) masks.push([state.other === TRAINED ? "training" : `${state.other.name} `, state.beside]);
+  if (state.beside) masks.push([state.other === TRAINED ? "training" : `beside: ${state.other.name}`, state.beside]);
   $("detail").replaceChildren(...detail(state.step, state.row, masks, t ?? state.at));
 }
 
@@ -211,7 +212,9 @@ function colourBy(name) {
 }
 
 async function openStep(place) {
-  const step = await readStep(place), { tokens, wrong, first } = differences(step.rows);
+  const step = await readStep(place);
+  for (const row of step.rows) row.mask = maskOf(row, DATA.methods[0]);
+  const { tokens, wrong, first } = differences(step.rows);
   Object.assign(state, { step, row: null });
   let largest = 0;
   for (const value of step.columns.advantages) largest = Math.max(largest, Math.abs(value));

@@ -1,5 +1,7 @@
 // From the page's blocks of data to rows: one response each, with views into the columns of its step.
 const DATA = JSON.parse(document.getElementById("data").textContent);
+for (const { settings } of DATA.methods)
+  for (const [name, value] of Object.entries(settings)) if (value === "Infinity") settings[name] = Infinity;
 const ARRAYS = { Float32Array, Int32Array, Uint16Array, Uint8Array };
 const textOf = (id) => DATA.texts[id] ?? `‹${id}›`;
 
@@ -44,11 +46,11 @@ function trainedMask(row) {
   return mask;
 }
 
-// Tokens of which the recomputed mask is not training's: their number, and the first.
+// Tokens of which the mask recomputed at the run's settings is not training's: their number, and the first.
 function differences(rows) {
   let tokens = 0, wrong = 0, first = null;
   for (const row of rows) {
-    const mask = maskOf(row, DATA.methods[0]);
+    const { mask } = row;
     for (let t = 0; t < row.n; t++) {
       if (!row.valid[t]) continue;
       tokens++;

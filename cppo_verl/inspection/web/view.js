@@ -42,7 +42,10 @@ class Reader {
     this.tokens.tabIndex = 0;
     this.canvas = make("canvas");
     this.canvas.setAttribute("role", "img");
-    this.element.append(this.heading, this.canvas, this.tokens);
+    this.marker = make("div", "", "marker");
+    const plot = make("div", "", "plot");
+    plot.append(this.canvas, this.marker);
+    this.element.append(this.heading, plot, this.tokens);
     const at = (event) => event.target.place;
     this.tokens.addEventListener("mouseover", (event) => at(event) != null && onPoint(at(event)));
     this.tokens.addEventListener("mouseleave", () => onPoint(null));
@@ -58,9 +61,10 @@ class Reader {
     this.row = row;
     this.spans = [];
     this.classes = [];
-    const blocks = [], size = row.n > 2000 ? 400 : row.n;
+    const blocks = [], size = row.n > 2000 ? 150 : row.n;
     for (let t = 0; t < row.n; t++) {
-      const span = make("span", textOf(row.id[t]).replaceAll("\n", "↵\n"));
+      const text = textOf(row.id[t]).replaceAll("\n", "↵\n");
+      const span = make(/[^\0-\u058f\u2000-\u2bff]/.test(text) ? "bdi" : "span", text); // what may run right to left
       span.place = t;
       if (t % size === 0) blocks.push(make("div", "", row.n > 2000 ? "block" : ""));
       blocks.at(-1).append(span);
@@ -87,7 +91,7 @@ class Reader {
     this.chosen = this.spans[t];
     this.chosen?.classList.add("chosen");
     if (scroll) this.chosen?.scrollIntoView({ block: "center" });
-    this.draw();
+    this.marker.style.left = `${100 * (t + 0.5) / this.row.n}%`;
   }
 
   draw() {
@@ -96,55 +100,64 @@ class Reader {
     const scale = window.devicePixelRatio || 1;
     canvas.width = width * scale;
     canvas.height = height * scale;
-    const pen = canvas.getContext("2d"), style = getComputedStyle(canvas), ink = (name) => style.getPropertyValue(name);
+    const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
+    const ink = (name) => { // resolved for light or dark, as a property's own value is not
+      canvas.style.color = `var(${name})`;
+      return style.color;
+    };
     pen.scale(scale, scale);
     pen.font = "11px system-ui, sans-serif";
-    const middle = height * 0.55, x = (t) => t / row.n * width;
-    const barTop = highest(row.n, (t) => Math.max(mask.z[t], Math.min(mask.threshold[t], 2 * (mask.threshold[0] || 0)) || 0));
+    const { n, points } = curve(row, mask, 2 * width), middle = height * 0.55, x = (i) => i / n * width;
+    const delta = mask.threshold.find((value) => !Number.isNaN(value)) ?? 0;
+    const barTop = Math.max(...points.z, delta) || 1, spentTop = Math.max(...points.spent, ...points.bound) || 1;
     const upper = (value) => middle - 4 - Math.min(Math.max(value, 0) / barTop, 1) * (middle - 20);
-    const names = ["--bar", "--token", "--prefix", "--back", "--faint"].map(ink);
-    const bar = Math.max(width / row.n - (width / row.n > 4 ? 1 : 0), 1);
-    for (let t = 0; t < row.n; t++) {
-      if (!row.valid[t]) continue;
-      const cause = mask.cause[t];
+    const lower = (value) => height - 4 - value / spentTop * (height - middle - 24);
+    const inks = ["--bar", "--token", "--prefix", "--back", "--faint"].map(ink);
+    const bar = Math.max(width / n - (width / n > 4 ? 1 : 0), 1);
+    for (let i = 0; i < n; i++) {
+      const cause = points.cause[i];
+      if (cause === NOT_TRAINED) continue;
+      pen.fillStyle = inks[cause];
       if (cause === BY_TOKEN || cause === BY_PREFIX) { // seen however small the token's own divergence is
         pen.globalAlpha = 0.15;
-        pen.fillStyle = names[cause];
-        pen.fillRect(x(t), 16, bar, middle - 20);
+        pen.fillRect(x(i), 16, bar, middle - 20);
         pen.globalAlpha = 1;
       }
-      pen.fillStyle = names[cause];
-      pen.fillRect(x(t), upper(mask.z[t]), bar, middle - 4 - upper(mask.z[t]));
+      pen.fillRect(x(i), upper(points.z[i]), bar, middle - 4 - upper(points.z[i]));
     }
-    line(pen, row.n, x, (t) => upper(mask.threshold[t]), ink("--line"), []);
-    const spentTop = highest(row.n, (t) => Math.max(mask.spent[t], mask.bound?.[t] ?? 0));
-    const lower = (value) => height - 4 - value / spentTop * (height - middle - 24);
-    line(pen, row.n, x, (t) => lower(mask.spent[t]), ink("--spent"), []);
-    if (mask.bound) line(pen, row.n, x, (t) => lower(mask.bound[t]), ink("--line"), [5, 3]);
+    line(pen, x, points.threshold.map(upper), ink("--line"), []);
+    line(pen, x, points.spent.map(lower), ink("--spent"), []);
+    if (mask.bound) line(pen, x, points.bound.map(lower), ink("--line"), [5, 3]);
     pen.fillStyle = ink("--text");
     pen.fillText(`Z = w·D (bars) and c (line), to ${short(barTop)}`, 2, 11);
     pen.fillText(`S${mask.bound ? " and its bound (dashed)" : ""}, to ${short(spentTop)}`, 2, middle + 12);
-    if (this.at != null) {
-      pen.fillStyle = ink("--text");
-      pen.globalAlpha = 0.6;
-      pen.fillRect(x(this.at) + bar / 2 - 0.5, 14, 1, height - 14);
-    }
     canvas.setAttribute("aria-label", `Z up to ${short(barTop)}, S up to ${short(spentTop)} over ${row.n} tokens`);
   }
 }
 
-function highest(n, of) {
-  let most = 0;
-  for (let t = 0; t < n; t++) if (of(t) > most && of(t) < Infinity) most = of(t);
-  return most || 1;
+// At most `columns` points: of tokens that share one the largest Z and what masked it, the lowest c, the last S and bound.
+function curve(row, mask, columns) {
+  const n = Math.min(row.n, Math.max(Math.floor(columns), 1)), points = {};
+  for (const name of ["z", "threshold", "spent", "bound", "cause"]) points[name] = new Array(n).fill(NaN);
+  points.bound.fill(0);
+  for (let t = 0; t < row.n; t++) {
+    const i = Math.floor(t * n / row.n), cause = mask.cause[t], first = Number.isNaN(points.cause[i]);
+    points.spent[i] = mask.spent[t];
+    if (mask.bound && Number.isFinite(mask.bound[t])) points.bound[i] = mask.bound[t];
+    if (first || mask.z[t] > points.z[i]) points.z[i] = mask.z[t];
+    if (!(points.threshold[i] <= mask.threshold[t])) points.threshold[i] = mask.threshold[t];
+    if (first || RANK[cause] > RANK[points.cause[i]]) points.cause[i] = cause;
+  }
+  return { n, points };
 }
+const RANK = { [NOT_TRAINED]: 0, [KEPT]: 1, [RETURNS]: 2, [BY_PREFIX]: 3, [BY_TOKEN]: 4 };
 
-function line(pen, n, x, y, colour, dash) {
+function line(pen, x, heights, colour, dash) {
   pen.beginPath();
   pen.strokeStyle = colour;
   pen.lineWidth = 1.5;
   pen.setLineDash(dash);
-  for (let t = 0; t < n; t++) if (!Number.isNaN(y(t))) { pen.lineTo(x(t), y(t)); pen.lineTo(x(t + 1), y(t)); }
+  heights.forEach((y, i) => { if (!Number.isNaN(y)) { pen.lineTo(x(i), y); pen.lineTo(x(i + 1), y); } });
   pen.stroke();
   pen.setLineDash([]);
 }
