@@ -23,9 +23,9 @@ class Step(NamedTuple):
 
     number: int
     columns: dict[str, np.ndarray]
-    """float32 ``[N]`` as dumped; ``valid``, ``token_cause`` uint8 ``[N]``; ``id`` int32 ``[N]``; ``cells`` uint8 ``[N]``,
-    how many of the cells ``cell_id`` int32, ``cell_pi``, ``cell_mu`` uint16 (in 1/65535) ``[M]`` are each token's;
-    ``positions`` int32 ``[N]``, where weights are shuffled."""
+    """float32 ``[N]`` as dumped; ``valid``, ``token_cause`` uint8 ``[N]``; ``id`` int32 ``[N]``; ``cells`` uint8
+    ``[N]``, how many of the cells ``cell_id`` int32, ``cell_pi``, ``cell_mu`` uint16 (in 1/65535) ``[M]`` are each
+    token's; ``positions`` int32 ``[N]``, where weights are shuffled."""
     responses: list[dict[str, Any]]
     """``tokens``, ``prompt`` (a place in ``prompts``), ``minibatch``, ``right`` (None: not known) of each."""
     prompts: list[list[int]]
@@ -139,15 +139,16 @@ def _shuffled(valid: torch.Tensor, seed: int) -> np.ndarray:
 def _cells(dump: dict[str, Any], index: int, length: int) -> dict[str, np.ndarray]:
     """The Top-K cells worth a bar, for display: probabilities in 16 bits."""
     if "topk_ids" not in dump:
-        return {"cells": np.zeros(length, np.uint8), "cell_id": np.zeros(0, np.int32)} | {
-            name: np.zeros(0, np.uint16) for name in ("cell_pi", "cell_mu")
-        }
+        none = np.zeros(0, np.uint16)
+        return {"cells": np.zeros(length, np.uint8), "cell_id": np.zeros(0, np.int32), "cell_pi": none, "cell_mu": none}
     pi, mu = (dump[name][index, :length].float().exp() for name in ("topk_log_prob", "rollout_topk_log_prob"))
     seen = (torch.maximum(pi, mu) >= SMALLEST) & dump["response_mask"][index, :length, None].bool()
-    parts = {name: (UNIT * value[seen]).round().clamp(0, UNIT).numpy().astype(np.uint16)
-             for name, value in (("cell_pi", pi), ("cell_mu", mu))}  # fmt: skip
+
+    def share(probability: torch.Tensor) -> np.ndarray:
+        return (UNIT * probability[seen]).round().clamp(0, UNIT).numpy().astype(np.uint16)
+
     ids = dump["topk_ids"][index, :length][seen].numpy().astype(np.int32)
-    return {"cells": seen.sum(-1).numpy().astype(np.uint8), "cell_id": ids, **parts}
+    return {"cells": seen.sum(-1).numpy().astype(np.uint8), "cell_id": ids, "cell_pi": share(pi), "cell_mu": share(mu)}
 
 
 def _place(file: Path) -> tuple[int, ...]:

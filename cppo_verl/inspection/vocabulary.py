@@ -16,18 +16,18 @@ def texts(config: DictConfig, ids: Iterable[int]) -> tuple[dict[str, str], bool]
     """
     tokenizer = _tokenizer(str(config.actor_rollout_ref.model.get("path") or ""))
     if tokenizer is None:
-        return {str(number): f"‹{number}›" for number in ids}, False
+        return {str(number): f"#{number} " for number in ids}, False
     return {str(number): _text(tokenizer, number) for number in ids}, True
 
 
 def _text(tokenizer: Any, number: int) -> str:
     piece = tokenizer.id_to_token(number)
     if piece is None:
-        return f"‹{number}›"
+        return f"#{number} "
     text = tokenizer.decode([number], skip_special_tokens=False)
     # SentencePiece's decoders drop the space of a first word.
     space = " " if piece.startswith("▁") and not text.startswith(" ") else ""
-    return space + plain(text) or f"‹{number}›"
+    return space + plain(text) or f"#{number} "
 
 
 def _tokenizer(path: str) -> Any | None:

@@ -1,6 +1,6 @@
 """Drives headless Chromium over its debugging pipe, and takes the screenshots of docs/inspect.md:
 
-    python tests/inspection/chromium.py PAGE FOLDER
+python tests/inspection/chromium.py PAGE FOLDER
 """
 
 import base64
@@ -124,7 +124,7 @@ def main(page, folder):
         with browser() as chromium:
             chromium.size(*size, dark=dark)
             print(f"{name}: loaded in {chromium.open(page):.0f} ms")
-            chromium.key("W")
+            chromium.run("$('sort').value = 'share masked', arrange(), open(state.shown[0]), nextMasked(1)")
             if choice:
                 chromium.run(
                     f"$('{choice[0]}').value = '{choice[1]}', $('{choice[0]}').dispatchEvent(new Event('change'))"

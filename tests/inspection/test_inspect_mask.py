@@ -7,6 +7,7 @@ import chromium
 import pytest
 import torch
 from hydra.utils import instantiate
+from inspected_run import CPPO, THRESHOLDS
 from omegaconf import OmegaConf
 
 from cppo_verl import core
@@ -16,15 +17,11 @@ from cppo_verl.inspection.rows import _shuffled
 from cppo_verl.methods import Tokens
 
 MASK = (files("cppo_verl.inspection") / "web/mask.js").read_text()
-THRESHOLDS = {"tv": {"delta": 0.15, "delta_b": 0.015, "dppo_delta": 0.15}, "delta_b_quantile": None}
 DIVERGENCE = {"name": "binary_tv", "kind": "tv", "thresholds": THRESHOLDS["tv"]}
-CPPO = {"_target_": "cppo_verl.methods.Cppo", "name": "cppo", "ratio_cap": 20.0, "delta": 0.15, "w_min": 0.8,
-        "weights": "linear", "horizon": None, "delta_b": 0.015, "delta_b_quantile": None,
-        "delta_b_max_factor": 2.0, "soft_gate": False}  # fmt: skip
 RUN = OmegaConf.create({"method": CPPO, "divergence": DIVERGENCE, "thresholds": THRESHOLDS, "data": {}})
 DEFAULTS = {preset["name"]: preset["settings"] for preset in presets(RUN)}
 CASES = {
-    **{name: settings for name, settings in DEFAULTS.items()},
+    **DEFAULTS,
     "uniform": CPPO | {"weights": "uniform"},
     "shuffled": CPPO | {"weights": "shuffled", "w_min": 0.3},
     "horizon": CPPO | {"horizon": 7, "w_min": 0.2},
@@ -77,7 +74,8 @@ const rebuild = (row) => ({ ...row, valid: Uint8Array.from(row.valid), divergenc
   advantages: Float32Array.from(row.advantages), logRatio: Float32Array.from(row.logRatio) });
 const answer = CASES.map(({ kind, settings, rows }) => rows.map((row) => {
   const { gate, cause, deltaB, threshold } = maskOf(rebuild(row), { kind, settings });
-  return { gate: [...gate], cause: [...cause], deltaB: String(deltaB), threshold: [...threshold].map((c) => Number.isNaN(c) ? null : c) };
+  return { gate: [...gate], cause: [...cause], deltaB: String(deltaB),
+    threshold: [...threshold].map((c) => Number.isNaN(c) ? null : c) };
 }));
 """
 

@@ -120,9 +120,9 @@ function arrange() {
 
 function open(row, at = null) {
   state.row?.button.removeAttribute("aria-current");
-  state.row = row;
+  Object.assign(state, { row, at: at ?? row.about.worst });
   row.button.setAttribute("aria-current", "true");
-  const list = row.button.closest("nav"), above = row.button.offsetTop - list.scrollTop;
+  const list = $("list"), above = row.button.offsetTop - list.scrollTop;
   if (above < 0 || above > list.clientHeight - 50) list.scrollTop = row.button.offsetTop - list.clientHeight / 2;
   const prompt = state.step.prompts[row.prompt];
   $("title").textContent = `response ${row.index + 1}, prompt ${row.prompt + 1}, minibatch ${row.minibatch}`;
@@ -131,7 +131,7 @@ function open(row, at = null) {
   reader.open(row);
   if (state.other) second.open(row);
   paint();
-  choose(at ?? row.about.worst, at != null);
+  choose(state.at, at != null);
 }
 
 function paint() {

@@ -3,7 +3,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 for (const { settings } of DATA.methods)
   for (const [name, value] of Object.entries(settings)) if (value === "Infinity") settings[name] = Infinity;
 const ARRAYS = { Float32Array, Int32Array, Uint16Array, Uint8Array };
-const textOf = (id) => DATA.texts[id] ?? `‹${id}›`;
+const textOf = (id) => DATA.texts[id];
 
 async function readStep(place) {
   const about = DATA.steps[place], binary = atob(document.getElementById(`blob-${place}`).textContent);

@@ -162,15 +162,18 @@ function line(pen, x, heights, colour, dash) {
   pen.setLineDash([]);
 }
 
+const visible = (id) => textOf(id).replaceAll("\n", "↵").replaceAll(" ", "␣").replaceAll("\t", "⇥");
+
 // The numbers of one token, and its Top-K cells as bars.
 function detail(step, row, masks, t) {
-  const parts = [make("h2", `token ${t + 1} of ${row.n}`), make("code", JSON.stringify(textOf(row.id[t])).slice(1, -1))];
+  const parts = [make("h2", `token ${t + 1} of ${row.n}`), make("code", visible(row.id[t]))];
   const pi = Math.exp(row.logProb[t]), mu = Math.exp(row.rolloutLogProb[t]);
-  const numbers = { "π": pi, "μ": mu, "log ρ": row.logRatio[t], A: row.advantages[t], D: row.divergence[t] };
-  if (row.valid[t]) parts.push(table([["", ...Object.keys(numbers)], ["", ...Object.values(numbers).map(short)]], true));
-  const keys = { w: "w", Z: "z", c: "threshold", S: "spent", bound: "bound", gate: "gate" };
-  const body = masks.map(([name, mask]) => [name, ...Object.values(keys).map((key) => short(mask[key]?.[t]))]);
-  if (row.valid[t]) parts.push(table([["", ...Object.keys(keys)], ...body]));
+  const both = { "π": pi, "μ": mu, "log ρ": row.logRatio[t], A: row.advantages[t], D: row.divergence[t] };
+  const keys = { w: "w", "Z = w D": "z", c: "threshold", S: "spent", "its bound": "bound", gate: "gate" };
+  if (row.valid[t]) parts.push(table([
+    ["", ...masks.map(([name]) => name)], ...Object.entries(both).map(([name, value]) => [name, short(value)]),
+    ...Object.entries(keys).map(([name, key]) => [name, ...masks.map(([, mask]) => short(mask[key]?.[t]))]),
+  ]));
   for (const [name, mask] of masks) parts.push(make("p", `${name}: ${CAUSES[mask.cause[t]]}`, `cause m${mask.cause[t]}`));
   const { columns } = step, cells = [];
   for (let c = row.firstCell[t]; c < row.firstCell[t + 1]; c++)
@@ -185,19 +188,19 @@ function detail(step, row, masks, t) {
       bar.style.width = `${100 * share}%`;
       pair.append(bar);
     }
-    bars.append(make("code", textOf(id).replaceAll("\n", "↵"), id === row.id[t] ? "sampled" : ""), pair,
+    bars.append(make("code", visible(id), id === row.id[t] ? "sampled" : ""), pair,
       make("span", `${(100 * p).toFixed(1)} / ${(100 * m).toFixed(1)}%`));
   }
   if (row.valid[t]) parts.push(make("p", "π (upper, filled) and μ (lower, outlined); the sampled token is bold", "faint"), bars);
   return parts;
 }
 
-function table(lines, plain = false) {
+function table(lines) {
   const element = make("table");
-  lines.forEach((cells, at) => {
+  for (const [at, [name, ...cells]] of lines.entries()) {
     const line = make("tr");
-    line.append(...cells.slice(plain ? 1 : 0).map((cell) => make(at ? "td" : "th", cell)));
+    line.append(make("th", name), ...cells.map((cell) => make(at ? "td" : "th", cell)));
     element.append(line);
-  });
+  }
   return element;
 }
