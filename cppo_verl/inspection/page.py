@@ -14,7 +14,7 @@ import numpy as np
 from cppo_verl.inspection.rows import SMALLEST, UNIT, Step
 
 _WEB = files("cppo_verl.inspection") / "web"
-SCRIPTS = ("mask.js", "data.js", "view.js", "app.js")
+SCRIPTS = ("mask.js", "data.js", "view.js", "list.js", "app.js")
 # Columns of 4 bytes first, then 2, then 1: each begins where its type may begin.
 _TYPES = {"f": "Float32Array", "i": "Int32Array", "H": "Uint16Array", "B": "Uint8Array"}
 

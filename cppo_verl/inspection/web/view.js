@@ -108,7 +108,7 @@ class Reader {
     pen.scale(scale, scale);
     pen.font = "11px system-ui, sans-serif";
     const { n, points } = curve(row, mask, 2 * width), middle = height * 0.55, x = (i) => i / n * width;
-    const delta = mask.threshold.find((value) => !Number.isNaN(value)) ?? 0;
+    const delta = mask.threshold.find(Number.isFinite) ?? 0;
     const barTop = Math.max(...points.z, delta) || 1, spentTop = Math.max(...points.spent, ...points.bound) || 1;
     const upper = (value) => middle - 4 - Math.min(Math.max(value, 0) / barTop, 1) * (middle - 20);
     const lower = (value) => height - 4 - value / spentTop * (height - middle - 24);
