@@ -244,14 +244,14 @@ SCROLL = """new Promise((done) => {
     box.scrollTop += 300;
     gaps.length < Math.max(end / 300, 20) ? requestAnimationFrame(frame) : done(Math.max(...gaps));
   };
-  requestAnimationFrame(frame);
+  setTimeout(() => requestAnimationFrame(frame), 500);
 })"""
-OPEN = """(() => {
+# Until it is on the screen.
+OPEN = """new Promise((done) => {
   const start = performance.now();
   open(state.step.rows[0]);
-  document.body.offsetHeight; // laid out
-  return performance.now() - start;
-})()"""
+  requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - start)));
+})"""
 SLIDE = """(() => {
   const times = [];
   for (const delta of [0.01, 0.5, 0.05, 0.2, 0.1]) {

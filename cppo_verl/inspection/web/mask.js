@@ -30,7 +30,7 @@ function prefixBudget(row, settings) {
   if (settings.delta_b == null) return null;
   const floor = f32(settings.delta_b), quantile = settings.delta_b_quantile;
   if (quantile == null) return floor;
-  const values = row.divergence.filter((_, t) => row.valid[t]).sort();
+  const values = (row.sorted ??= row.divergence.filter((_, t) => row.valid[t]).sort());
   if (!values.length) return floor;
   const place = (values.length - 1) * quantile, share = place - Math.floor(place);
   const below = values[Math.floor(place)], above = values[Math.ceil(place)];
