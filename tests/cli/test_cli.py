@@ -95,7 +95,9 @@ def test_wheel_holds_every_module_and_config(wheel):
     assert packed == {
         str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*") if path.is_file()
     }
-    assert {"cppo_verl/py.typed", "cppo_verl/bench/ratios.json"} <= set(names)
+    web = {str(path.relative_to(ROOT)) for path in (ROOT / "cppo_verl/inspection/web").iterdir()}
+    assert len(web) > 5
+    assert {"cppo_verl/py.typed", "cppo_verl/bench/ratios.json", *web} <= set(names)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "cppo_verl").rglob("*.py")}
     assert modules == {name for name in names if name.endswith(".py")}
 

@@ -123,7 +123,7 @@ def test_nothing_prints_past_the_one_place():
     """Rooms of the command line; what prints a file to be read again says so."""
     root = Path(cppo_verl.__file__).parent
     files = [root / "cli.py"]
-    for room in ("run", "checkpoint", "data", "config", "dry_run", "evaluation", "training", "doctor"):
+    for room in ("run", "checkpoint", "data", "config", "dry_run", "evaluation", "training", "inspection", "doctor"):
         files += (root / room).glob("*.py")
     found = []
     for path in files:
