@@ -27,6 +27,8 @@ class Parts:
     """FSDP: weights gathered from all ranks and gradients before they are reduced. Weight sync: what is sent."""
     activations: float = 0
     logits: float = 0
+    step: float = 0
+    """Of the optimizer's step: on GPUs torch's AdamW makes a tensor the size of all weights of this rank at once."""
     vllm: float = 0
 
     @property
@@ -187,6 +189,7 @@ def _fsdp(config: DictConfig, model: Model, layout: Layout) -> tuple[Parts, Part
         Parts(gathered=compute * (2 * model.head + prefetched * model.layer), activations=saved, logits=gradient),
         Parts(gathered=compute * ahead + prefetched * reduce * model.layer, activations=saved + backward),
         Parts(gathered=compute * 2 * model.head + max(compute * tied, reduce * model.head)),
+        Parts(step=states.weights if config.trainer.device != "cpu" else 0),
     )
     return states, max(moments, key=lambda moment: moment.total), kept
 
