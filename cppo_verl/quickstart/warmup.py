@@ -26,8 +26,17 @@ Answering = Callable[[ProblemT, random.Random], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class WarmupSpec:
-    """The supervised phase: optimiser steps, examples a step, peak learning rate, share of worked answers."""
+class Supervised:
+    """A supervised phase: optimiser steps, examples a step, peak learning rate."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class WarmupSpec(Supervised):
+    """The toy task's: besides these the share of worked answers."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -103,7 +112,7 @@ def run_warmup(
     tokenizer: PreTrainedTokenizerFast,
     problems: Sequence[ProblemT],
     answer: Answering[ProblemT],
-    spec: WarmupSpec,
+    spec: Supervised,
     seed: int,
 ) -> None:
     """Train ``model`` in place on freshly drawn answers to ``problems``, the same way for the same seed."""

@@ -24,10 +24,10 @@ from transformers.utils.logging import disable_progress_bar
 from cppo_verl.problems import ConfigError
 from cppo_verl.quickstart.flags import add_flags, flag_name, settings_from
 from cppo_verl.quickstart.task import write_parquet
-from cppo_verl.quickstart.warmup import SampledAccuracy, WarmupSpec, measure, run_warmup, warn_off_target
+from cppo_verl.quickstart.warmup import SampledAccuracy, Supervised, measure, run_warmup, warn_off_target
 from cppo_verl.run.files import DamagedFile, read_json, write_atomically
 from cppo_verl.smollm2.model import GGUF, GGUF_SHA256, PACKAGE, WHEEL, convert, lacking, load, made_whole
-from cppo_verl.smollm2.task import DATA_SOURCE, TaskSpec, WordedSum, answering, make_splits
+from cppo_verl.smollm2.task import DATA_SOURCE, TaskSpec, WordedSum, make_splits, worked
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 MADE = {MANIFEST, LOCK, WHEEL, "source", "base", "model", "train.parquet", "heldout.parquet"}
@@ -48,18 +48,16 @@ FLAG_HELP = {
     "steps": "optimiser steps of the supervised phase",
     "batch_size": "examples in a step",
     "learning_rate": "peak learning rate",
-    "worked_share": "share of worked examples; the others guess",
 }
 
 
 @dataclass(frozen=True)
-class Warmup(WarmupSpec):
-    """The quickstart's supervised phase, much shorter: a trained model only needs to be shown two ways of answering."""
+class Warmup(Supervised):
+    """The supervised phase, short: a trained model is shown how to answer, and still errs."""
 
-    steps: int = 40
+    steps: int = 30
     batch_size: int = 12
     learning_rate: float = 1e-4
-    worked_share: float = 0.5
 
 
 SPECS = {"task": TaskSpec, "warmup": Warmup}
@@ -108,7 +106,7 @@ def build(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = load(base)
     warmup = Warmup(**settings["warmup"])
     print(f"warming it up on sums: {warmup.steps} steps of supervised training", flush=True)
-    run_warmup(model, tokenizer, splits.warmup, answering(warmup.worked_share), warmup, seed)
+    run_warmup(model, tokenizer, splits.warmup, worked, warmup, seed)
     sampled = sampled_accuracy(model, tokenizer, splits.heldout, settings)
     warn_off_target(sampled, ACCURACY_RANGE, MIN_BOXED_SHARE)
     with made_whole(out / "model") as folder:

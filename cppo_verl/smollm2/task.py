@@ -1,15 +1,14 @@
-"""Worded sums of one or two steps, in SmolLM2's conversation, and two ways of answering them.
+"""Worded sums of one or two steps, in SmolLM2's conversation.
 
-``Mia has 23 pens, buys 45 and loses 12. How many pens does Mia have?``  A worked answer is the quickstart's, the
-running total through every step; a hasty answer is a box with a number near the right one.
+``Mia has 13 pens, buys 5 and loses 12. How many pens does Mia have?`` is answered as the quickstart's sums are, with
+the running total through every step: ``13+5=18 18-12=6 \\boxed{6}``.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cppo_verl.quickstart.task import BOX_OPENING, SignedSum, worked_answer
-from cppo_verl.quickstart.warmup import Answering
+from cppo_verl.quickstart.task import SignedSum, worked_answer
 
 DATA_SOURCE = "worded_sums"
 # In place of the template's own system message, which is longer: every token of a prompt is paid for in every update.
@@ -33,8 +32,8 @@ class WordedSum:
     def question(self) -> str:
         """The user message."""
         events = [f"{verb} {n}" for verb, n in zip(self.verbs, self.sum.operands[1:], strict=True)]
-        told = " and ".join(events) if len(events) < 3 else f"{', '.join(events[:-1])} and {events[-1]}"
-        return f"{self.name} has {self.sum.operands[0]} {self.thing}, {told}. How many {self.thing} are left?"
+        told = ", ".join([f"{self.name} has {self.sum.operands[0]} {self.thing}", *events[:-1]])
+        return f"{told} and {events[-1]}. How many {self.thing} does {self.name} have?"
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -51,10 +50,10 @@ class WordedSum:
 class TaskSpec:
     """Which sums there are (operands 1..operand_max, share of sums of two steps), how many go to each split."""
 
-    operand_max: int = 49
+    operand_max: int = 20
     two_step_share: float = 0.5
-    warmup_problems: int = 1500
-    train_problems: int = 1600
+    warmup_problems: int = 300
+    train_problems: int = 400
     heldout_problems: int = 64
 
 
@@ -86,9 +85,10 @@ def make_splits(spec: TaskSpec, seed: int) -> Splits:
         ValueError: there may not be so many different sums.
     """
     sizes = (spec.heldout_problems, spec.train_problems, spec.warmup_problems)
-    # Additions of two numbers alone are operand_max**2 sums: that many are found without long search.
-    if sum(sizes) > (most := spec.operand_max**2):
-        raise ValueError(f"{sum(sizes)} problems, but numbers up to {spec.operand_max} are enough for {most} only")
+    # Additions alone are operand_max**2 sums of one step, and operand_max times as many of two.
+    scarce = sum(sizes) * max(1 - spec.two_step_share, spec.two_step_share / spec.operand_max)
+    if scarce > spec.operand_max**2:
+        raise ValueError(f"{sum(sizes)} problems are more than there are for numbers up to {spec.operand_max}")
     rng = random.Random(f"worded-{seed}")
     found: dict[SignedSum, WordedSum] = {}
     while len(found) < sum(sizes):
@@ -103,15 +103,6 @@ def make_splits(spec: TaskSpec, seed: int) -> Splits:
     )
 
 
-def hasty_answer(problem: WordedSum, rng: random.Random) -> str:
-    """A box with a guess within ten of the right number, never below zero."""
-    return f"{BOX_OPENING}{max(0, problem.answer + rng.randint(-10, 10))}}}"
-
-
-def answering(worked_share: float) -> Answering[WordedSum]:
-    """Worked answers in the given share of all cases, hasty ones otherwise."""
-
-    def answer(problem: WordedSum, rng: random.Random) -> Sequence[str]:
-        return [worked_answer(problem.sum) if rng.random() < worked_share else hasty_answer(problem, rng)]
-
-    return answer
+def worked(problem: WordedSum, _: random.Random) -> Sequence[str]:
+    """The answer that the warm start shows: the quickstart's careful one, in a turn of its own."""
+    return [worked_answer(problem.sum)]
