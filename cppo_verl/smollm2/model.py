@@ -106,8 +106,13 @@ def convert(folder: Path) -> Path:
     gguf = fetch(folder)
     print("converting it to float32 (a minute)", flush=True)
     with made_whole(base) as new:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            model_max_length=model.config.max_position_embeddings,
+            clean_up_tokenization_spaces=False,
+        )
         name_special_tokens(tokenizer, model)
         tokenizer.save_pretrained(new)
         model.save_pretrained(new)
@@ -118,9 +123,6 @@ def name_special_tokens(tokenizer: PreTrainedTokenizerFast, model: PreTrainedMod
     """The end of a turn ends a text, which transformers does not read from such a file; padding is another token."""
     tokenizer.bos_token, tokenizer.eos_token = TURN_START, TURN_END
     tokenizer.pad_token = tokenizer.unk_token = END_OF_TEXT
-    tokenizer.padding_side = "left"
-    tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.model_max_length = model.config.max_position_embeddings
     for config in (model.config, model.generation_config):
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
@@ -129,7 +131,9 @@ def name_special_tokens(tokenizer: PreTrainedTokenizerFast, model: PreTrainedMod
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model (float32) and tokenizer of a folder that :func:`convert` or a warm start wrote."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # To the left, for sampling; set later it would not be saved.
+    return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
 def lacking() -> str | None:
