@@ -99,8 +99,8 @@ def describe(batches: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
 def top_k(batches: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     """What the K most likely tokens leave over, in float64; None where no Top-K divergence was dumped.
 
-    ``outside``: share of sampled tokens that are not among the rollout's K. ``other_mu``, ``other_pi``: mean probability
-    of the cell of all tokens but the K and the sampled one.
+    ``outside``: share of sampled tokens that are not among the rollout's K. ``other_mu``, ``other_pi``: mean
+    probability of the cell of all tokens but the K and the sampled one.
     """
     if not all("topk_ids" in batch for batch in batches):
         return None
