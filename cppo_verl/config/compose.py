@@ -49,7 +49,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     if not any(override.startswith("platform=") for override in overrides):
         recipes = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
         # Every other recipe is for GPUs, wherever it is planned.
-        on_any = not recipes or recipes[-1] in ("quickstart", "tools", "small", "null")
+        on_any = not recipes or recipes[-1] in ("quickstart", "tools", "smollm2", "small", "null")
         chosen.append(f"platform={'gpu' if has_gpu() or not on_any else 'cpu'}")
     # The same folder as pkg://verl.trainer.config, found without importing verl (5 s).
     chosen.append(f"hydra.searchpath=['file://{verl_config_dir()}']")

@@ -346,6 +346,7 @@ RULES: dict[str, Rule] = {
     "transfer_queue.backend.SimpleStorage.num_data_storage_units": count("processes"),
     "transfer_queue.backend.SimpleStorage.total_storage_size": count("rows"),
     "quickstart.assets": TEXT,
+    "smollm2.assets": TEXT,
 }
 
 

@@ -11,16 +11,25 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
 from cppo_verl.quickstart.calculator import WORDS
+from cppo_verl.quickstart.flags import add_flags, settings_from
 from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
 from cppo_verl.quickstart.task import TaskSpec, make_splits, write_parquet
-from cppo_verl.quickstart.warmup import WarmupSpec, measure, run_warmup
+from cppo_verl.quickstart.warmup import (
+    ACCURACY_RANGE,
+    MIN_BOXED_SHARE,
+    WarmupSpec,
+    answering,
+    measure,
+    run_warmup,
+    warn_off_target,
+)
 from cppo_verl.run.files import DamagedFile, read_json, write_atomically
 
 MANIFEST = "manifest.json"
@@ -58,28 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="decides the splits, the weights and the warm start")
     parser.add_argument("--measure-samples", type=int, default=16, help="samples per held-out problem, temperature 1")
     parser.add_argument("--measure-max-tokens", type=int, default=40, help="longest sampled answer, in tokens")
-    for name, spec in SPECS.items():
-        group = parser.add_argument_group(name)
-        for field in fields(spec):
-            flag = f"--{flag_name(name, field.name)}"
-            how: dict[str, Any] = {"action": "store_true"} if field.type is bool else {"type": type(field.default)}
-            group.add_argument(flag, **how, default=field.default, help=FLAG_HELP[field.name])
+    add_flags(parser, SPECS, FLAG_HELP)
     return parser
-
-
-def flag_name(group: str, field: str) -> str:
-    """``--terms`` and the like; the fields of the warm-up carry its name, as in ``--warmup-steps``."""
-    prefix = "warmup-" if group == "warmup" else ""
-    return prefix + field.replace("_", "-")
-
-
-def settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags as plain nested data: what the manifest records and a later run is compared with."""
-    values = vars(arguments)
-    settings: dict[str, Any] = {key: values[key] for key in ("seed", "measure_samples", "measure_max_tokens")}
-    for name, spec in SPECS.items():
-        settings[name] = {f.name: values[flag_name(name, f.name).replace("-", "_")] for f in fields(spec)}
-    return settings
 
 
 def build(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -92,10 +81,12 @@ def build(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     write_parquet(splits.heldout, "heldout", directory / "heldout.parquet")
     tokenizer = build_tokenizer(shape, WORDS if task.calculator else ())
     model = build_model(shape, tokenizer, seed)
-    run_warmup(model, tokenizer, splits.warmup, task, WarmupSpec(**settings["warmup"]), seed)
+    warmup = WarmupSpec(**settings["warmup"])
+    run_warmup(model, tokenizer, splits.warmup, answering(task, warmup.worked_share), warmup, seed)
     sampled = measure(
         model, tokenizer, splits.heldout, settings["measure_samples"], settings["measure_max_tokens"], seed
     )
+    warn_off_target(sampled, ACCURACY_RANGE, MIN_BOXED_SHARE)
     disable_progress_bar()  # one file, written at once
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
@@ -145,7 +136,7 @@ def main() -> None:
     parser = build_parser()
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
-    settings = settings_from(arguments)
+    settings = settings_from(arguments, SPECS, "seed", "measure_samples", "measure_max_tokens")
     built = built_with(out)
     if built == settings:
         print(f"{out} already holds this build; nothing to do")

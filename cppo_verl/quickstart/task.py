@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import pandas as pd
 
@@ -18,6 +19,18 @@ from cppo_verl.grading.extract import final_answer
 
 DATA_SOURCE = "arithmetic"
 BOX_OPENING = r"\boxed{"
+
+
+class Problem(Protocol):
+    """What warm-up, measurement and data files need of a problem, here and in tasks of other recipes."""
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation up to the model's answer."""
+
+    @property
+    def answer(self) -> int:
+        """The value that the answer's box has to hold."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,11 @@ class SignedSum:
     def question(self) -> str:
         """The user message."""
         return f"{self.operands[0]}{''.join(self.operations)}?"
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The question, alone."""
+        return [{"role": "user", "content": self.question}]
 
     @property
     def running_totals(self) -> list[int]:
@@ -124,12 +142,12 @@ def is_correct(text: str, answer: int) -> bool:
     return re.fullmatch(r"[+-]?[0-9]+", boxed) is not None and int(boxed) == answer
 
 
-def write_parquet(problems: Sequence[SignedSum], split: str, path: Path) -> None:
+def write_parquet(problems: Sequence[Problem], split: str, path: Path, data_source: str = DATA_SOURCE) -> None:
     """Write problems as a verl RL data file, one row each."""
     rows = [
         {
-            "data_source": DATA_SOURCE,
-            "prompt": [{"role": "user", "content": problem.question}],
+            "data_source": data_source,
+            "prompt": problem.messages,
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
             "extra_info": {"index": index, "split": split},

@@ -4,26 +4,39 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo_verl.grading.extract import final_answer
 from cppo_verl.quickstart.calculator import MAX_CALLS, called_with, calling_answer, evaluate, result_turn
-from cppo_verl.quickstart.task import SignedSum, TaskSpec, is_correct, sloppy_answer, worked_answer
+from cppo_verl.quickstart.task import Problem, SignedSum, TaskSpec, is_correct, sloppy_answer, worked_answer
 
 IGNORED_LABEL = -100
 ACCURACY_RANGE = (0.20, 0.40)
 MIN_BOXED_SHARE = 0.95
-REPORT_EVERY_STEPS = 100
+REPORTS = 10
+
+# An answer to a problem in a style that the random numbers choose: turns of the model and of a tool alternate.
+ProblemT = TypeVar("ProblemT", bound=Problem)
+Answering = Callable[[ProblemT, random.Random], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class WarmupSpec:
-    """The supervised phase: optimiser steps, examples a step, peak learning rate, share of worked answers."""
+class Supervised:
+    """A supervised phase: optimiser steps, examples a step, peak learning rate."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class WarmupSpec(Supervised):
+    """The toy task's: besides these the share of worked answers."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -40,10 +53,9 @@ class SampledAccuracy:
     mean_tokens: float
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: SignedSum) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> list[int]:
     """Token ids of the chat prompt, up to where the assistant begins to write."""
-    messages = [{"role": "user", "content": problem.question}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     return cast(list[int], ids)
 
 
@@ -51,7 +63,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: SignedSum) -> lis
 Example = tuple[list[int], list[bool]]
 
 
-def encode_example(tokenizer: PreTrainedTokenizerFast, problem: SignedSum, turns: Sequence[str]) -> Example:
+def encode_example(tokenizer: PreTrainedTokenizerFast, problem: Problem, turns: Sequence[str]) -> Example:
     """The prompt and the turns after it; the model's own, every second one, end with its end-of-turn token."""
     ids = encode_prompt(tokenizer, problem)
     learned = [False] * len(ids)
@@ -84,12 +96,23 @@ def learning_rate_scale(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+def answering(task: TaskSpec, worked_share: float) -> Answering[SignedSum]:
+    """The toy task's answers: worked, or with a calculator, in the given share of all cases, otherwise sloppy."""
+
+    def answer(problem: SignedSum, rng: random.Random) -> Sequence[str]:
+        if rng.random() < worked_share:
+            return calling_answer(problem) if task.calculator else [worked_answer(problem)]
+        return [sloppy_answer(problem, task, rng)]
+
+    return answer
+
+
 def run_warmup(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[SignedSum],
-    task: TaskSpec,
-    spec: WarmupSpec,
+    problems: Sequence[ProblemT],
+    answer: Answering[ProblemT],
+    spec: Supervised,
     seed: int,
 ) -> None:
     """Train ``model`` in place on freshly drawn answers to ``problems``, the same way for the same seed."""
@@ -99,29 +122,24 @@ def run_warmup(
     started = time.monotonic()
     model.train()
     for step in range(1, spec.steps + 1):
-        examples = []
-        for problem in rng.choices(problems, k=spec.batch_size):
-            if rng.random() < spec.worked_share:
-                turns = calling_answer(problem) if task.calculator else [worked_answer(problem)]
-            else:
-                turns = [sloppy_answer(problem, task, rng)]
-            examples.append(encode_example(tokenizer, problem, turns))
+        drawn = rng.choices(problems, k=spec.batch_size)
+        examples = [encode_example(tokenizer, problem, answer(problem, rng)) for problem in drawn]
         loss = model(**collate(examples, tokenizer.pad_token_id)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        if step % REPORT_EVERY_STEPS == 0 or step == spec.steps:
+        if step % max(1, spec.steps // REPORTS) == 0 or step == spec.steps:
             seconds = time.monotonic() - started
             print(f"warm-up step {step}/{spec.steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
 
 
 @torch.no_grad()
 def sample_texts(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[SignedSum],
+    problems: Sequence[Problem],
     max_new_tokens: int,
 ) -> tuple[list[str], float]:
     """One answer per problem at temperature 1 with no truncation, and their mean length in tokens.
@@ -163,26 +181,29 @@ def _result(expression: str) -> str:
 
 
 def measure(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[SignedSum],
+    problems: Sequence[Problem],
     samples: int,
     max_new_tokens: int,
     seed: int,
 ) -> SampledAccuracy:
-    """Sample every problem ``samples`` times at temperature 1; warn when the warm start is off target."""
+    """Sample every problem ``samples`` times at temperature 1."""
     torch.manual_seed(seed)
     model.eval()
     repeated = [problem for problem in problems for _ in range(samples)]
     texts, mean_tokens = sample_texts(model, tokenizer, repeated, max_new_tokens)
     right = sum(is_correct(text, problem.answer) for text, problem in zip(texts, repeated, strict=True))
     boxed = sum(final_answer(text) is not None for text in texts)
-    result = SampledAccuracy(right / len(texts), boxed / len(texts), mean_tokens)
-    low, high = ACCURACY_RANGE
-    if not low <= result.accuracy <= high or result.boxed_share < MIN_BOXED_SHARE:
+    return SampledAccuracy(right / len(texts), boxed / len(texts), mean_tokens)
+
+
+def warn_off_target(result: SampledAccuracy, accuracy_range: tuple[float, float], min_boxed_share: float) -> None:
+    """Tell of a warm start from which training would learn little."""
+    low, high = accuracy_range
+    if not low <= result.accuracy <= high or result.boxed_share < min_boxed_share:
         print(
             f"warning: the warm start is right {result.accuracy:.1%} of the time (wanted {low:.0%} to {high:.0%}) "
-            f"and boxes {result.boxed_share:.1%} of its answers (wanted {MIN_BOXED_SHARE:.0%})",
+            f"and boxes {result.boxed_share:.1%} of its answers (wanted {min_boxed_share:.0%})",
             file=sys.stderr,
         )
-    return result

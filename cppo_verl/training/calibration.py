@@ -55,6 +55,7 @@ def calibrate(run: Path, w_min: float | None, as_json: bool) -> int:
     grid = [[masked(dumps, delta, budget, w_min) for budget in (*budgets, None)] for delta in deltas]
     record = {
         **{"run": str(run), "divergence": config.divergence.name, "w_min": w_min, **found},
+        "top_k": top_k(dumps),
         **{"suggestion": hint._asdict(), "delta": deltas, "delta_b": [*budgets, None]},
         "masked": [[share._asdict() for share in row] for row in grid],
     }
@@ -93,6 +94,25 @@ def describe(batches: Sequence[tuple[dict[str, Any], int]]) -> dict[str, Any]:
         if len(at_mu)
         else None,
     }
+
+
+def top_k(batches: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """What the K most likely tokens leave over, in float64; None where no Top-K divergence was dumped.
+
+    ``outside``: share of sampled tokens that are not among the rollout's K. ``other_mu``, ``other_pi``: mean
+    probability of the cell of all tokens but the K and the sampled one.
+    """
+    if not all("topk_ids" in batch for batch in batches):
+        return None
+    found: dict[str, list[torch.Tensor]] = {"outside": [], "other_mu": [], "other_pi": []}
+    for batch in batches:
+        valid = batch["response_mask"].bool()
+        out = (batch["topk_ids"] != batch["responses"].unsqueeze(-1)).all(-1)[valid]
+        found["outside"].append(out.double())
+        for name, side in (("other_mu", "rollout_"), ("other_pi", "")):
+            of_y, of_k = (batch[f"{side}{kind}"][valid].double().exp() for kind in ("log_prob", "topk_log_prob"))
+            found[name].append((1 - of_k.sum(-1) - out * of_y).clamp_min(0))
+    return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
 def suggest(batches: Sequence[tuple[dict[str, Any], int]], floor: dict[str, Any] | None) -> Suggestion:
@@ -153,6 +173,11 @@ def _show(record: dict[str, Any], grid: list[list[Share]]) -> None:
         else f"mismatch of the engines (D where pi is mu, {floor['tokens']:,} tokens): mean {floor['mean']:.3g}, "
         f"largest {floor['largest']:.3g}"
     )
+    if (rest := record["top_k"]) is not None:
+        say(
+            f"Top-K: {rest['outside']:.3%} of the sampled tokens are outside the K; everything else has a mass of "
+            f"{rest['other_mu']:.3g} under mu and {rest['other_pi']:.3g} under pi"
+        )
     table = Table(title=f"tokens masked, in brackets by the prefix budget alone; w_min {record['w_min']:g}")
     table.add_column("delta")
     for budget in record["delta_b"]:

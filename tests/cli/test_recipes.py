@@ -220,6 +220,13 @@ def test_the_quickstart_warms_nothing_up_before_its_settings_are_right(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "# checked: grpo over topk_tv" in done.stderr
     assert "bash recipes/tools.sh [overrides]" in quickstart(tmp_path, "--help", script="tools").stdout
+    assert "bash recipes/smollm2.sh [overrides]" in quickstart(tmp_path, "--help", script="smollm2").stdout
+    done = quickstart(tmp_path, "method=grpo", "--dry-run", script="smollm2")
+    assert done.returncode == 0, done.stderr
+    assert "# checked: grpo over topk_tv" in done.stderr
+    done = quickstart(tmp_path, "method.detla=0.2", script="smollm2")
+    assert done.returncode == 2
+    assert "did you mean method.delta" in done.stderr
     done = quickstart(tmp_path, "--dry-run", script="tools")
     assert done.returncode == 0, done.stderr
     assert "default_agent_loop: single_turn_agent -> cppo_tool_agent" in done.stdout

@@ -9,7 +9,7 @@ import torch
 from mask_oracle import mask_of_response
 
 from cppo_verl.cli import main
-from cppo_verl.training.calibration import describe, masked, suggest
+from cppo_verl.training.calibration import describe, masked, suggest, top_k
 
 W_MIN = 0.8
 
@@ -72,6 +72,40 @@ def test_a_suggestion_is_above_the_floor_and_says_why():
     assert "mismatch" in high.reason
 
 
+def with_top_k(batch, seed, vocabulary=50, k=4):
+    """The dump of two random distributions over a small vocabulary, and both of them."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (*batch["responses"].shape, vocabulary)
+    mu, pi = (torch.log_softmax(2 * torch.randn(shape, generator=draw), -1) for _ in range(2))
+    kept, ids = mu.topk(k, -1)
+    sampled = batch["responses"].unsqueeze(-1)
+    named = {
+        "log_prob": pi.gather(-1, sampled).squeeze(-1),
+        "rollout_log_prob": mu.gather(-1, sampled).squeeze(-1),
+        **{"topk_ids": ids, "rollout_topk_log_prob": kept, "topk_log_prob": pi.gather(-1, ids)},
+    }
+    return {**batch, **named}, mu, pi
+
+
+def test_what_the_k_leave_over_is_counted_token_for_token():
+    batch, mu, pi = with_top_k(dump(7), 7)
+    tokens = outside = 0
+    rest_mu = rest_pi = 0.0
+    for row, t in batch["response_mask"].nonzero().tolist():
+        ids = set(batch["topk_ids"][row, t].tolist())
+        outside += batch["responses"][row, t].item() not in ids
+        others = [token for token in range(50) if token not in ids | {batch["responses"][row, t].item()}]
+        rest_mu += sum(math.exp(mu[row, t, token]) for token in others)
+        rest_pi += sum(math.exp(pi[row, t, token]) for token in others)
+        tokens += 1
+    assert 0 < outside < tokens
+    found = top_k([batch, batch])
+    assert found == pytest.approx(
+        {"outside": outside / tokens, "other_mu": rest_mu / tokens, "other_pi": rest_pi / tokens}
+    )
+    assert top_k([batch, dump(8)]) is None
+
+
 def test_the_command(tmp_path, capsys):
     run = tmp_path / "r"
     (run / "dumps/step_1").mkdir(parents=True)
@@ -98,6 +132,12 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "to begin with: method.delta=" in printed
     assert "mismatch of the engines (D where pi is mu" in printed
+    assert "Top-K" not in printed
+    for place in (0, 1):
+        file = run / f"dumps/step_1/minibatch{place}_rank0_micro0.pt"
+        torch.save(with_top_k(dump(place), place)[0], file)
+    assert main(["calibrate", str(run)]) == 0
+    assert "of the sampled tokens are outside the K; everything else has a mass of" in capsys.readouterr().out
     torch.save(
         {**dump(1), "response_mask": torch.zeros(6, 30, dtype=torch.bool)},
         run / "dumps/step_1/minibatch0_rank0_micro0.pt",
