@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Qwen3-1.7B-Base as in the paper (Table 3): configs/recipe/qwen3_1.7b_base.yaml
 #   bash recipes/qwen3_1.7b_base.sh [method=dppo divergence=binary_tv trainer.nnodes=2 ...] [--dry-run]
-# GPUs: 8 of 80 GB. Hours: not known. Run here: no (there has been no GPU yet; composed and checked by a test).
+# GPUs: 8 of 80 GB. Hours: not known. Run here: no (composed and checked by a test).
 # The paper's AIME24/25/26 Avg@16, best of 680 steps: CPPO 12.78, DPPO 10.90, GRPO 8.89.
 # Data: scripts/prepare_data.sh.
 set -euo pipefail

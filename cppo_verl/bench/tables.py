@@ -35,7 +35,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _mask(records: list[Cell]) -> str:
     def cell(record: Cell) -> str:
-        return f"{_ratio(record, 'mask', 'read'):.0f} ({_nanoseconds(record, 'mask'):.1f} ns)"
+        return f"{_ratio(record, 'mask', 'read'):.0f} ({_nanoseconds(record, 'mask', 1)} ns)"
 
     return "Mask with causes / reading its inputs once (nanoseconds a token):\n\n" + _by_size(records, cell)
 
@@ -43,7 +43,7 @@ def _mask(records: list[Cell]) -> str:
 def _quantile(records: list[Cell]) -> str:
     def cell(record: Cell) -> str:
         read, sort = (_ratio(record, "quantile", name) for name in ("read", "sort"))
-        return f"{read:.0f}, {sort:.2f} ({_nanoseconds(record, 'quantile'):.0f} ns)"
+        return f"{read:.0f}, {sort:.2f} ({_nanoseconds(record, 'quantile', 0)} ns)"
 
     text = "Calibrated budget / reading its inputs once, / sorting them (nanoseconds a token):\n\n"
     return text + _by_size(records, cell)
@@ -189,8 +189,10 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
-def _nanoseconds(record: Cell, name: str) -> float:
-    return _median(record, name) / (record["responses"] * record["tokens"]) * 1e9
+def _nanoseconds(record: Cell, name: str, decimals: int) -> str:
+    """Of a token; below one two digits that count."""
+    value = _median(record, name) / (record["responses"] * record["tokens"]) * 1e9
+    return f"{value:.{decimals}f}" if value >= 1 else f"{value:.2g}"
 
 
 def _extra(record: Cell) -> float:

@@ -177,6 +177,7 @@ def test_the_timed_mask_has_both_causes_and_the_timed_budget_is_calibrated():
 
 def test_the_documents_tables_are_those_of_the_committed_records():
     docs = Path(__file__).parents[2] / "docs"
-    newest = max((docs / "results").glob("costs-*.jsonl"))
-    assert tables.markdown(list(read_lines(newest))) in (docs / "benchmarks.md").read_text()
-    assert f"(results/{newest.name})" in (docs / "benchmarks.md").read_text()
+    for page, pattern in (("benchmarks.md", "costs-*.jsonl"), ("gpu.md", "gpu-*-costs.jsonl")):
+        newest, text = max((docs / "results").glob(pattern)), (docs / page).read_text()
+        assert tables.markdown(list(read_lines(newest))) in text
+        assert f"(results/{newest.name})" in text
