@@ -4,6 +4,7 @@ Nothing heavy is imported before the arguments are parsed, so that ``cppo --help
 """
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -16,6 +17,9 @@ from cppo_verl import __version__
 from cppo_verl.bench.variants import OTHERS
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.terminal import one_line, warn
+
+# What a write or a new process fails with, without a file's name, whatever the program does right.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 _TRAIN_HELP = """\
 Every override is Hydra's: method=dppo, method.delta=0.2, divergence=binary_kl, trainer.total_training_steps=100 ...
@@ -70,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _OF_THE_MACHINE:
             raise
-        warn(one_line(f"cppo {command}: {error.strerror}: {error.filename}"))
+        where = "" if error.filename is None else f": {error.filename}"
+        warn(one_line(f"cppo {command}: {error.strerror}{where}"))
     except KeyboardInterrupt:
         return 130
     return 2

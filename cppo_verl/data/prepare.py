@@ -27,7 +27,7 @@ TEMPLATES = {
 }
 _DAPO_WRAPPER = re.compile(
     r"\ASolve the following math problem step by step\. The last line of your response should be of the form Answer: "
-    r"\$?Answer[^\n]*\n+(?P<problem>.*?)\n+Remember to put your answer on its own line after \"Answer:\"\.\s*\Z",
+    r"\$?Answer[^\n]*\n(?P<problem>.*)\nRemember to put your answer on its own line after \"Answer:\"\.\Z",
     re.DOTALL,
 )
 

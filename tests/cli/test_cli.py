@@ -1,5 +1,6 @@
 """The command itself: quick, quiet about tracebacks, the same from a wheel far from the checkout."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -125,3 +126,18 @@ def test_an_installed_wheel_composes_outside_the_checkout(wheel, overrides, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith(str(site))
     assert "_target_: cppo_verl.methods.Cppo" in done.stdout
+
+
+def test_what_the_machine_lacks_is_one_line_and_what_is_unknown_keeps_its_traceback(monkeypatch, capsys):
+    def failing(number):
+        def train(**_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("cppo_verl.training.command.train", train)
+
+    failing(errno.ENOSPC)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "cppo train: No space left on device\n"
+    failing(errno.ECONNREFUSED)
+    with pytest.raises(ConnectionRefusedError):
+        main(["train"])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -83,6 +84,12 @@ def test_dapos_answer_line_template_tells_the_grader(files, tmp_path):
     text = row["prompt"][0]["content"]
     assert text.endswith('Remember to put your answer on its own line after "Answer:".')
     assert unwrap(text) == "What is 1 + 1?"
+    # Line breaks that belong to nothing: each may begin what comes last, and is looked at once.
+    long = "\n" * 200_000
+    started = time.perf_counter()
+    assert unwrap(text.replace("What is", f"What{long}is")) == f"What{long}is 1 + 1?"
+    assert unwrap(text.replace("What is", f"What{long}is") + " And more.").startswith("Solve the following")
+    assert time.perf_counter() - started < 5
 
 
 def test_a_second_command_keeps_what_the_first_one_recorded(files, tmp_path):
