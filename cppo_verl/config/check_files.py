@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -121,7 +122,6 @@ def _too_long(file: Path, config: DictConfig, enough: int) -> int:
         return 0
     if config.data.max_prompt_length < 1:  # has been named
         return 0
-    import pyarrow.parquet as parquet
     from tokenizers import Tokenizer
 
     try:
@@ -129,7 +129,7 @@ def _too_long(file: Path, config: DictConfig, enough: int) -> int:
     except Exception:  # the library's own kind
         return 0
     key, long, short = config.data.prompt_key, 0, 0
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=[key]):
+    for batch in _rows_of(file, 1024, [key])[2]:
         for prompt in batch.to_pydict()[key]:
             contents = (message.get("content") for message in prompt or ())
             text = "".join(content for content in contents if isinstance(content, str))
@@ -142,32 +142,50 @@ def _too_long(file: Path, config: DictConfig, enough: int) -> int:
 
 
 def inspect_data_file(path: Path, prompt_key: str) -> tuple[str | None, int]:
-    """(what is wrong or None, number of rows) of one verl data file; only parquet is looked into, every row of it."""
+    """(what is wrong or None, rows) of one verl data file, every row of it; JSON that is one array is left to verl."""
     if path.is_dir():
         return "is a folder; give the files in it", 0
     if not path.is_file():
         return "does not exist", 0
-    if path.suffix in (".json", ".jsonl"):
-        return None, 1 << 60  # verl's own loader reports what is wrong there
-    if path.suffix != ".parquet":
+    if path.suffix not in (".parquet", ".json", ".jsonl"):
         return "is none of .parquet, .json and .jsonl, which verl reads", 0
     import pyarrow
-    import pyarrow.parquet as parquet
 
+    wanted = [prompt_key, "data_source", "reward_model"]
     try:
-        file = parquet.ParquetFile(path)
-        columns = set(file.schema_arrow.names)
-        missing = {prompt_key, "data_source", "reward_model"} - columns
+        if path.suffix != ".parquet" and _is_an_array(path):
+            return None, 1 << 60  # verl's own loader reports what is wrong there
+        schema, count, batches = _rows_of(path, 8192, wanted)
+        columns = set(schema.names)
+        missing = set(wanted) - columns
         if missing:
             return f"lacks the column {', '.join(sorted(missing))} (it has {', '.join(sorted(columns))})", 0
         if "agent_name" in columns:
             return "has a column agent_name, which would replace our agent loop; leave it out", 0
-        count = file.metadata.num_rows
         if not count:
             return "is empty", 0
-        return inspect_rows(file, prompt_key), count
+        return inspect_rows(schema, batches, prompt_key), count
     except (pyarrow.ArrowException, OSError) as error:
-        return f"is not a readable parquet file: {str(error).splitlines()[0]}", 0
+        kind = "parquet file" if path.suffix == ".parquet" else "file of JSON lines"
+        return f"is not a readable {kind}: {str(error).splitlines()[0]}", 0
+
+
+def _rows_of(path: Path, size: int, columns: list[str]) -> tuple[Any, int, Iterator[Any]]:
+    """(schema, number of rows, record batches of up to ``size`` rows) of a parquet file or one of JSON lines."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        file = parquet.ParquetFile(path)
+        return file.schema_arrow, file.metadata.num_rows, file.iter_batches(batch_size=size, columns=columns)
+    import pyarrow.json
+
+    table = pyarrow.json.read_json(path)
+    return table.schema, table.num_rows, iter(table.to_batches(size))
+
+
+def _is_an_array(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4096).lstrip().startswith(b"[")
 
 
 def check_reward(config: DictConfig) -> Iterator[Problem]:

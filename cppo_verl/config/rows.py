@@ -1,24 +1,23 @@
 """Every row of a data file: chat messages, a data source and a gold answer, looked at column by column."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _SHOWN = 3  # rows that are named
 
 
-def inspect_rows(file: Any, prompt_key: str) -> str | None:
-    """What is wrong with some rows of a ``pyarrow.parquet.ParquetFile`` that has verl's columns, or None.
+def inspect_rows(schema: Any, batches: Iterable[Any], prompt_key: str) -> str | None:
+    """What is wrong with some rows of pyarrow's record batches that have verl's columns, or None.
 
     Raises:
-        ArrowException, OSError: the file cannot be read to its end.
+        ArrowException, OSError: the file that they come from cannot be read to its end.
     """
-    schema = file.schema_arrow
     if problem := _columns(schema, prompt_key):
         return problem
     found: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
     start = 0
-    for batch in file.iter_batches(batch_size=8192, columns=[prompt_key, "data_source", "reward_model"]):
+    for batch in batches:
         for what, bad in _bad_rows(batch, prompt_key):
             places = bad.to_numpy(zero_copy_only=False).nonzero()[0]
             counts[what] = counts.get(what, 0) + len(places)

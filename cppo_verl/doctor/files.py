@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cppo_verl.doctor.findings import GIB, Finding, Subject, fail, ok, readable, skip, warn
+from cppo_verl.run.files import DamagedFile, read_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -183,7 +184,10 @@ def inspect_model(folder: Path) -> tuple[list[str], int]:
         problems.append("has no config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         problems.append("has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
-    names = _weight_files(folder)
+    try:
+        names = _weight_files(folder)
+    except DamagedFile as error:
+        return [*problems, str(error)], 0
     if not names:
         problems.append("has no weights (*.safetensors or *.bin)")
     for name in names:
@@ -208,7 +212,8 @@ def _weight_files(folder: Path) -> list[str]:
     """The names in the index of a divided model, else the files that are there."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file() and not _is_pointer(folder / index):
-            return sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            content = read_json(folder / index, "download it again", "weight_map")
+            return sorted(set(content["weight_map"].values()))
     return sorted(path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
 
 
@@ -224,7 +229,10 @@ def _inspect_weights(path: Path) -> tuple[str | None, int]:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             return "is not a safetensors file, or cut off", 0
-        header: dict[str, Any] = json.loads(file.read(length))
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError:
+            return "is not a safetensors file, or damaged", 0
     header.pop("__metadata__", None)
     end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if path.stat().st_size < end:

@@ -83,9 +83,10 @@ def read_questions(files: Sequence[Path], limit: int | None = None) -> list[Ques
     numbers: dict[str, int] = {}
     seen = set()
     for file in files:
-        problem, _ = inspect_data_file(file, "prompt")
-        if problem is None and file.suffix != ".parquet":
-            problem = "is not a parquet file: make one with cppo prepare --train --eval NAME=FILE"
+        if file.is_file() and file.suffix in (".json", ".jsonl"):
+            problem: str | None = "is not a parquet file: make one with cppo prepare --train --eval NAME=FILE"
+        else:
+            problem, _ = inspect_data_file(file, "prompt")
         if problem:
             raise EvaluationError(f"{file} {problem}")
         for row in parquet.read_table(file).to_pylist():

@@ -411,6 +411,12 @@ def divided(model):
         (lambda model: (model / "model.safetensors").unlink(), "has no weights"),
         (truncated, "model.safetensors is cut off (3,"),
         (divided, "model-00002-of-00002.safetensors is missing"),
+        (
+            lambda model: (model / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"{bad"),
+            "model.safetensors is not a safetensors file, or damaged",
+        ),
+        (lambda model: (model / "model.safetensors.index.json").write_text('{"weight_m'), "index.json:1: is damaged"),
+        (lambda model: (model / "model.safetensors.index.json").write_text("{}"), "index.json:1: lacks weight_map"),
     ],
 )
 def test_a_damaged_model(model, subject, damage, expected):

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
@@ -251,3 +252,32 @@ def test_the_hubs_layout_of_dapo_a_hundred_times_over(tmp_path):
     kept = deduplicate(((cleaned(row), n) for row, n in distinct("dapo", loaded.rows, print)), counts)
     assert [(row.problem, row.answer) for row in kept] == [(row.problem, row.answer) for row in bare]
     assert counts.rows == 20_000
+
+
+def _row(gold, content="What is 1 + 1?"):
+    reward = {"style": "rule"} if gold is None else {"style": "rule", "ground_truth": gold}
+    return {"prompt": [{"role": "user", "content": content}], "data_source": "toy", "reward_model": reward}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
+def test_json_lines_are_looked_into_as_parquet_is(name, tmp_path):
+    def problem_of(rows):
+        path = tmp_path / name
+        if path.suffix == ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return inspect_data_file(path, "prompt")
+
+    assert problem_of([_row("2")] * 3) == (None, 3)
+    assert problem_of([_row("2"), _row(None), _row("3")])[0] == "has no reward_model.ground_truth in row 2 of 3"
+    assert problem_of([_row("2"), {**_row("2"), "prompt": []}])[0] == "has no prompt in row 2 of 2"
+    lacking = [{key: value for key, value in _row("2").items() if key != "data_source"}]
+    assert problem_of(lacking)[0].startswith("lacks the column data_source (it has ")
+
+
+def test_broken_json_is_told_and_an_array_left_to_verl(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(_row("2")) + "\n{broken\n")
+    assert inspect_data_file(tmp_path / "x.jsonl", "prompt")[0].startswith("is not a readable file of JSON lines: JSON")
+    (tmp_path / "x.json").write_text(json.dumps([_row("2")]))
+    assert inspect_data_file(tmp_path / "x.json", "prompt")[0] is None
