@@ -128,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--w-min", type=_between(0, 1), help="weight of the last token (default: the run's, or 0.8)")
     calibrate.add_argument("--json", dest="as_json", action="store_true", help="one JSON object")
     inspect = add("inspect", "inspection.command:inspect", "write a page to read dumped responses token by token")
-    inspect.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")
+    dumped = "run folder with dumped steps (run.dump_steps, run.inspect_every)"
+    inspect.add_argument("run", type=Path, metavar="RUN", help=dumped)
     inspect.add_argument("--step", type=_seed, metavar="N", help="only this step (default: every dumped one)")
     inspect.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/inspect.html")
     inspect.add_argument("--tokens", type=_positive, default=400_000, help="at most so many a step (default: 400000)")

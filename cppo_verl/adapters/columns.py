@@ -35,6 +35,12 @@ TOOL_ERRORS = "tool_errors"
 # A column of a training batch: one seed a response, int64 [B].
 RESPONSE_SEEDS = "response_seeds"
 
+# Columns of a dumped batch, one value a response, [B].
+VERDICT = "verdict"
+"""The reward's ``acc``, float32; called acc in the dump."""
+INSPECTED = "inspected"
+"""Whether a small dump keeps the response, int8 (``run.inspect_every``); without the column all are kept."""
+
 # In a training batch: the folder that its micro-batches are dumped to, "" for none.
 DUMP_DIR = "dump_dir"
 

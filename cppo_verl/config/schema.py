@@ -124,6 +124,8 @@ _RUN = {
         each(Rule("a name", lambda value: isinstance(value, str) and value.isidentifier()))
     )._replace(wanted="the names of variables, not their values, e.g. [HF_TOKEN]", hidden=True),
     "run.dump_steps": each(count("a step")._replace(wanted="steps, 1 or more, e.g. [2]")),
+    "run.inspect_every": count("steps", 0),
+    "run.inspect_tokens": count("tokens"),
 }
 _DATA = {
     "data.train_batch_size": count("prompts"),

@@ -29,7 +29,7 @@ def inspect(run: Path, step: int | None, out: Path | None, tokens: int) -> int:
     """
     config, found = read_config(run), steps_of(run)
     if not found:
-        raise ConfigError(f"{run} has no dumped step; train one with run.dump_steps=[1]")
+        raise ConfigError(f"{run} has no dumped step; train with run.dump_steps=[1] or run.inspect_every=50")
     if step is not None and step not in found:
         there = ", ".join(map(str, found))
         raise ConfigError(f"--step={step}: {run} has no dump of it; give one of {there}")

@@ -13,8 +13,11 @@ from cppo_verl.config.compose import compose
 LENGTHS = [5, 2, 9, 3]
 
 
-def called(overrides=(), dtype=torch.float32, **terms):
-    """(loss, slope of each sequence position, statistics, inputs by hand) of one call over binary TV."""
+def called(overrides=(), dtype=torch.float32, columns=(), dump_dir="", **terms):
+    """(loss, slope of each sequence position, statistics, inputs by hand) of one call over binary TV.
+
+    columns: more of the batch, by name; dump_dir: where it is dumped to.
+    """
     config = compose(["platform=cpu", "recipe=quickstart", "run.name=x", "divergence=binary_tv", *overrides])
     settings = {"entropy_coeff": 0.0, "use_kl_loss": False, "kl_loss_type": "kl", "kl_loss_coef": 0.5, **terms}
     actor = SimpleNamespace(
@@ -30,7 +33,10 @@ def called(overrides=(), dtype=torch.float32, **terms):
     data["response_mask"] = nested([torch.ones(n) for n in LENGTHS])
     data["loss_mask"] = nested([torch.full((n,), float(row != 1)) for row, n in enumerate(LENGTHS)])
     data["ref_log_prob"] = nested([log_pi[row, :n] - 0.1 for row, n in enumerate(LENGTHS)])
-    for name, value in {"dp_size": 1, "batch_num_tokens": 17, "global_batch_size": 8}.items():
+    for name, value in dict(columns).items():
+        data[name] = value
+    sizes = {"dp_size": 1, "batch_num_tokens": 17, "global_batch_size": 8, "dump_dir": str(dump_dir)}
+    for name, value in sizes.items():
         from verl.utils import tensordict_utils as tu
 
         tu.assign_non_tensor(data, **{name: value})
@@ -156,3 +162,37 @@ def test_statistics_by_age():
     in_lockstep = TokenStatistics()
     in_lockstep.add(tokens, outcome, None, first_minibatch=True)
     assert not any("staleness" in name for name in in_lockstep.metrics())
+
+
+def test_a_small_dump_is_the_chosen_rows_of_a_whole_one(tmp_path):
+    verdicts = torch.tensor([[1.0], [0.0], [0.0], [1.0]])
+    called(columns={"verdict": verdicts}, dump_dir=tmp_path / "whole")
+    chosen = torch.tensor([[1], [0], [0], [1]], dtype=torch.int8)
+    called(columns={"verdict": verdicts, "inspected": chosen}, dump_dir=tmp_path / "small")
+    none = torch.zeros(4, 1, dtype=torch.int8)
+    called(columns={"verdict": verdicts, "inspected": none}, dump_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    whole, small = (torch.load(next((tmp_path / name).glob("*.pt"))) for name in ("whole", "small"))
+    assert whole.keys() == small.keys() >= {"gate", "divergence", "token_cause", "log_prob", "prompts", "acc"}
+    assert small["acc"].tolist() == [1.0, 1.0]
+    assert (
+        small["responses"].shape == small["gate"].shape == (2, 5)
+    )  # of 5 and 3 tokens, in a batch whose longest has 9
+    for name, value in small.items():
+        assert value.untyped_storage().nbytes() == value.nbytes, name  # a view would be saved with all that it is of
+        expected = whole[name][[0, 3]]
+        assert torch.equal(value, expected if value.dim() == 1 else expected[:, : value.shape[1]]), name
+
+
+def test_a_small_dump_holds_whole_groups_spread_over_the_step():
+    from cppo_verl.adapters.driver.trajectories import some_groups
+
+    groups = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    lengths = [10] * 8
+    assert some_groups(groups, lengths, 1000) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert some_groups(groups, lengths, 40) == [2, 3, 6, 7]
+    assert some_groups(groups, lengths, 20) == [6, 7]
+    assert some_groups(groups, lengths, 15) == [6]  # a group that is longer: what has room
+    assert some_groups(groups, lengths, 1) == [6]  # one at least
+    assert some_groups([[0, 1]], [9, 2], 3) == [0]
+    assert some_groups([], lengths, 100) == []

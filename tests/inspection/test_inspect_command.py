@@ -48,7 +48,7 @@ def test_what_is_refused(run, tmp_path, capsys):
     for folder in (2, 10):
         for file in (run / f"dumps/step_{folder}").glob("*"):
             file.unlink()
-    assert "has no dumped step; train one with run.dump_steps=[1]" in refusal(capsys, run)
+    assert "has no dumped step; train with run.dump_steps=[1] or run.inspect_every=50" in refusal(capsys, run)
     assert not (run / "inspect.html").exists()
 
 

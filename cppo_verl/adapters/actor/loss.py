@@ -14,7 +14,14 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from cppo_verl.adapters.actor.token_statistics import TokenStatistics
 from cppo_verl.adapters.actor.topk import TopK, TopKLogits
-from cppo_verl.adapters.columns import DUMP_DIR, POLICY_VERSION, RESPONSE_SEEDS, ROLLOUT_VERSION
+from cppo_verl.adapters.columns import (
+    DUMP_DIR,
+    INSPECTED,
+    POLICY_VERSION,
+    RESPONSE_SEEDS,
+    ROLLOUT_VERSION,
+    VERDICT,
+)
 from cppo_verl.core.checks import require_not_nan
 from cppo_verl.methods import MEASURES, Outcome, Tokens
 
@@ -95,9 +102,7 @@ class TrustRegionLoss:
             )
         padded = data.select("response_mask", "loss_mask", "rollout_log_probs", "advantages").to_padded_tensor()
         rollout_log_prob = padded["rollout_log_probs"].float()
-        seeds = data.get(RESPONSE_SEEDS, None)
-        if seeds is not None:
-            seeds = (seeds.values() if seeds.is_nested else seeds).reshape(-1)
+        seeds = _column(data, RESPONSE_SEEDS)
         # The trainer clears loss_mask for skipped groups and leaves response_mask, which verl's own metrics read.
         valid = padded["response_mask"].bool() & padded["loss_mask"].bool()
         advantages = padded["advantages"].float()
@@ -137,22 +142,43 @@ class TrustRegionLoss:
         return term
 
     def _dump(self, tokens: Tokens, outcome: Outcome, topk: TopK | None, age: Tensor | None, data: TensorDict) -> None:
-        """Write this micro-batch's tensors (``run.dump_steps``): one file per rank, minibatch and micro-batch."""
+        """Write this micro-batch's tensors (``run.dump_steps``): one file per rank, minibatch and micro-batch.
+
+        Of a small dump (``run.inspect_every``) the rows that the trainer has chosen, without the padding that is left.
+        """
         folder = tu.get_non_tensor_data(data, key=DUMP_DIR, default=None)
-        if not folder:
+        kept = _column(data, INSPECTED)
+        if not folder or (kept is not None and not kept.any()):
             return
         fields = data.select("prompts", "responses").to_padded_tensor(0)
         tensors = tokens._asdict() | outcome._asdict()
         tensors["response_mask"] = tensors.pop("valid")  # the name in the files
         tensors["age"] = age
+        tensors["acc"] = _column(data, VERDICT)
         if topk is not None:
             tensors |= topk._asdict() | {"topk_ids": topk.topk_ids.int()}
             del tensors["sampled_in_topk"]
         tensors |= {"prompts": fields["prompts"], "responses": fields["responses"]}
-        content = {name: value.detach().cpu() for name, value in tensors.items() if value is not None}
+        content = {name: value.detach() for name, value in tensors.items() if value is not None}
+        if kept is not None:
+            rows = kept.bool()
+            widths = {name: int(data[name].offsets().diff()[rows].max()) for name in ("prompts", "responses")}
+            content = {name: _narrowed(value[rows], widths, name) for name, value in content.items()}
+        content = {name: value.cpu() for name, value in content.items()}
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         os.makedirs(folder, exist_ok=True)
         torch.save(content, f"{folder}/minibatch{self.minibatch}_rank{rank}_micro{self._microbatch}.pt")
+
+
+def _column(data: TensorDict, name: str) -> Tensor | None:
+    """A column of one value a response, ``[B]``; None where the batch has none."""
+    values = data.get(name, None)
+    return None if values is None else (values.values() if values.is_nested else values).reshape(-1)
+
+
+def _narrowed(rows: Tensor, widths: dict[str, int], name: str) -> Tensor:
+    """A copy of ``rows``, of the tokens up to the longest of them."""
+    return (rows if rows.dim() == 1 else rows[:, : widths["prompts" if name == "prompts" else "responses"]]).clone()
 
 
 def _age(data: TensorDict) -> Tensor | None:

@@ -47,6 +47,7 @@ from cppo_verl.adapters.driver.trajectories import (
     column,
     is_padding,
     problems_and_samples,
+    put_inspection,
     put_response_seeds,
     shorten_padding_rows,
     spread,
@@ -325,10 +326,13 @@ class TrustRegionTraining(PPOTrainer):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if instantiate(self.config.method).needs_response_seeds:
             put_response_seeds(batch, self.run.seed, self.global_steps)
-        dump = self.global_steps in self.run.dump_steps
+        dump, every = self.global_steps in self.run.dump_steps, self.run.inspect_every
+        small = not dump and every > 0 and self.global_steps % every == 0
+        if dump or small:
+            put_inspection(batch, self.run.inspect_tokens if small else None)
         # A dump shows the skipped groups too.
         batch.extra_info[TRAIN_ALL_ROWS] = dump or self.run.train_all_rows
-        batch.extra_info[DUMP_DIR] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump else ""
+        batch.extra_info[DUMP_DIR] = f"{self.log.folder}/dumps/step_{self.global_steps}" if dump or small else ""
         # The weights that generate are those of the end of the last step.
         batch.extra_info[POLICY_VERSION] = self.global_steps - 1
         batch.extra_info[CONTINUES] = self.local_trigger_step > 0

@@ -8,7 +8,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-from cppo_verl.adapters.columns import RESPONSE_SEEDS
+from cppo_verl.adapters.columns import INSPECTED, RESPONSE_SEEDS, VERDICT
 from cppo_verl.adapters.driver.step_metrics import accuracy
 from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
 
@@ -98,7 +98,46 @@ def shorten_padding_rows(batch: KVBatchMeta, columns: Sequence[str]) -> None:
 def put_response_seeds(batch: KVBatchMeta, run_seed: int, step: int) -> None:
     """One seed per response, so that shuffled weights depend on neither micro-batch nor order."""
     seeds = [response_seed(run_seed, step, problem, sample) for problem, sample in problems_and_samples(batch)]
-    fields = TensorDict({RESPONSE_SEEDS: torch.tensor(seeds).unsqueeze(-1)}, batch_size=len(seeds))
+    _put_values(batch, {RESPONSE_SEEDS: torch.tensor(seeds)})
+
+
+def put_inspection(batch: KVBatchMeta, tokens: int | None) -> None:
+    """The verdict of every response, and with ``tokens`` which of them, about so many tokens, a small dump keeps."""
+    values = {VERDICT: torch.tensor([accuracy(fields) for fields in column(batch, "extra_fields")])}
+    if tokens is not None:
+        mask = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["loss_mask"])
+        lengths = [int(row.sum()) for row in mask["loss_mask"].unbind()]
+        groups: dict[str, list[int]] = {}
+        for row, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True)):
+            if lengths[row] and not is_padding(tag):
+                groups.setdefault(ResponseKey.parse(key).group, []).append(row)
+        values[INSPECTED] = torch.zeros(len(batch), dtype=torch.int8)
+        values[INSPECTED][some_groups(list(groups.values()), lengths, tokens)] = 1
+    _put_values(batch, values)
+
+
+def some_groups(groups: Sequence[Sequence[int]], lengths: Sequence[int], tokens: int) -> list[int]:
+    """Rows of whole groups, spread over the step, of about ``tokens`` tokens; of one group that is longer its first."""
+    total = sum(lengths[row] for rows in groups for row in rows)
+    if not total:
+        return []
+    # The first minibatch is trained by the weights that sampled it, and nothing in it has moved.
+    number = min(max(len(groups) * tokens // total, 1), len(groups))
+    chosen = [row for place in range(number) for row in groups[(place + 1) * len(groups) // number - 1]]
+    if number > 1:
+        return chosen
+    room = tokens
+    kept: list[int] = []
+    for row in chosen:
+        if not kept or lengths[row] <= room:
+            kept.append(row)
+            room -= lengths[row]
+    return kept
+
+
+def _put_values(batch: KVBatchMeta, values: dict[str, torch.Tensor]) -> None:
+    """Columns of one number a row, ``[B]`` each."""
+    fields = TensorDict({name: value.unsqueeze(-1) for name, value in values.items()}, batch_size=len(batch))
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
     if batch.fields is not None:  # what the workers will fetch; None would mean everything
-        batch.fields = [*batch.fields, RESPONSE_SEEDS]
+        batch.fields = [*batch.fields, *values]
