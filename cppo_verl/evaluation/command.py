@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from cppo_verl.checkpoint.export import hugging_face_folder
 from cppo_verl.checkpoint.find import Checkpoint, checkpoints_of, find
 from cppo_verl.checkpoint.trust import OWN_REWARD, check_trust
@@ -32,6 +34,8 @@ from cppo_verl.run.supervisor import INTERRUPTED, RUN_FOLDER, locked, process_en
 from cppo_verl.run.terminal import console
 
 # A file or a pipe has no width: tables are printed whole.
+# Said where an evaluation ends before its end.
+_KEPT = "what was sampled is kept; the same command goes on from there"
 _console = console() if console().is_terminal else console(width=140)
 
 
@@ -118,14 +122,20 @@ def _evaluate(checkpoint: Checkpoint, options: Options, command: list[str]) -> i
         check_length(model, settings["decoding"]["max_tokens"])
         evaluation = open_evaluation(folder, settings, questions)
         if evaluation.missing():
-            status = _sample(evaluation, {**manifest(command), "engine": engine})
+            minutes = OmegaConf.select(config, "run.stall_minutes")
+            stall = None if minutes is None else 60 * minutes
+            status = _sample(evaluation, {**manifest(command), "engine": engine}, stall)
             if status:
                 return status
         return _report(folder)
 
 
-def _sample(evaluation: Evaluation, attempt: dict[str, Any]) -> int:
-    """Make the missing samples in a process of their own; returns its exit status."""
+def _sample(evaluation: Evaluation, attempt: dict[str, Any], stall: float | None) -> int:
+    """Make the missing samples in a process of their own; returns its exit status.
+
+    Args:
+        stall: seconds without progress that end it (the run's ``run.stall_minutes``); None: it may take its time.
+    """
     folder, engine = evaluation.folder, attempt["engine"]
     evaluation.manifest["attempts"].append(attempt)
     write_manifest(folder, evaluation.manifest)
@@ -136,11 +146,11 @@ def _sample(evaluation: Evaluation, attempt: dict[str, Any]) -> int:
     environment = process_environment(not engine["gpus_per_replica"], engine["model"])
     environment[RUN_FOLDER] = str(folder)
     module = "cppo_verl.evaluation.generation"
-    status = supervise(module, folder, log_file, environment, folder / SAMPLES, display)
+    status = supervise(module, folder, log_file, environment, folder / SAMPLES, display, stall, kept=_KEPT)
     if status and status != INTERRUPTED:
         display.failure.show(_console, "the evaluation", status)
     if status:
-        _console.print("what was sampled is kept; the same command goes on from there")
+        _console.print(_KEPT)
     return status
 
 

@@ -30,7 +30,7 @@ from cppo_verl.evaluation.samples import (
     Sample,
     grade_sample,
 )
-from cppo_verl.run import lifeline
+from cppo_verl.run import lifeline, progress
 from cppo_verl.run.files import write_lines
 from cppo_verl.run.log import RunLog
 
@@ -42,6 +42,7 @@ class Replica:
     """One copy of the model; lives in a Ray actor."""
 
     def __init__(self, engine: dict[str, Any]) -> None:
+        progress.report("model copy")
         from vllm import EngineArgs, LLMEngine
 
         self.engine = LLMEngine.from_engine_args(EngineArgs(**engine))
@@ -58,6 +59,7 @@ class Replica:
         for name, prompt, seed in requests:
             self.engine.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(seed=seed, **decoding))
         while self.engine.has_unfinished_requests():
+            progress.advance()  # a step of the engine; a long response may be hours of them
             finished = [output for output in self.engine.step() if output.finished]
             if finished:
                 yield [
@@ -135,12 +137,14 @@ def run(folder: Path) -> None:
         seed = response_seed(settings["decoding"]["seed"], 0, problem_key(question.prompt), number)
         requests.append((name, prompts[question.benchmark, question.id], seed))
 
+    progress.phase("starting Ray")
     log.event("starting Ray")
     if "RAY_ADDRESS" in os.environ:
         ray.init()
     else:
         ray.init(address="local", include_dashboard=False, **({} if gpus else {"num_gpus": 0}))
     count = min(_replicas(gpus), len(requests))
+    progress.phase("loading the model")
     log.event("loading the model", replicas=count)
     actor_class = ray.remote(max_concurrency=1, num_cpus=1, num_gpus=gpus)(Replica)
     actors = [actor_class.remote(engine) for _ in range(count)]
@@ -152,6 +156,7 @@ def run(folder: Path) -> None:
             "are the GPUs that Ray sees taken by another job?"
         )
     ray.get(loaded)
+    progress.phase("generation")
     log.event("generating")
     writer = SampleWriter(evaluation, tokenizer, reward)
     seeds = {name: seed for name, _, seed in requests}
@@ -219,6 +224,7 @@ def chat_tokens(tokenizer: Any, messages: list[dict[str, str]], arguments: dict[
 
 def main(folder: str) -> None:
     lifeline.heed()
+    progress.report("evaluation")
     with RunLog(folder).outcome():
         run(Path(folder))
 

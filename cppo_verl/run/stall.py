@@ -15,11 +15,14 @@ from cppo_verl.run.progress import PROGRESS, SIGNAL, last_thread
 
 # Whose work a phase is, where no process says that it hangs in a part; as the processes call themselves.
 _WORK_OF = {
-    "generation": ("vLLM engine", "vLLM server"),
+    "generation": ("vLLM engine", "vLLM server", "model copy"),
+    "loading the model": ("model copy",),
     "validation": ("vLLM engine", "vLLM server"),
     "update": ("actor worker",),
     "weight sync": ("actor worker", "vLLM server"),
 }
+# What a training leaves.
+KEPT = "Checkpoints are intact: run.resume=true continues from the last complete one"
 # Seconds for a process to write its stacks.
 _PATIENCE = 3.0
 # Frames that are shown; all of them are in a file.
@@ -51,10 +54,13 @@ class Worker(NamedTuple):
 
 
 class Watch:
-    """Looks at the files in ``folder``; ``limit`` seconds without a change are a stall."""
+    """Looks at the files in ``folder``; ``limit`` seconds without a change are a stall.
 
-    def __init__(self, folder: Path, limit: float) -> None:
-        self.folder, self.limit = folder, limit
+    kept: what of the work is not lost, and how it goes on; the last sentence of the report.
+    """
+
+    def __init__(self, folder: Path, limit: float, kept: str = KEPT) -> None:
+        self.folder, self.limit, self.kept = folder, limit, kept
         self._interval = min(2.0, limit / 10)
         self._seen: dict[Path, tuple[str, int]] = {}
         self._moved = self._looked = time.monotonic()
@@ -88,19 +94,18 @@ class Watch:
     def _report(self) -> str:
         workers, here = self._workers(), self._processes()
         head = f"no progress for {self.limit / 60:.3g} minutes in"
-        intact = "Checkpoints are intact: run.resume=true continues from the last complete one"
         phase, worker = self._hanging(workers)
         file = self._collect(workers, here)
         for process in here.values():
             if _is_stopped(process):
                 name = next((worker.name for worker in workers if worker.pid == process.pid), process.name())
                 where = f"{name} (process {process.pid}) is stopped by a signal (kill -CONT lets it go on)"
-                return f"{head} {phase}: {where}\nstacks of the others: {file}. {intact}"
+                return f"{head} {phase}: {where}\nstacks of the others: {file}. {self.kept}"
         if worker is None:
-            return f"{head} {phase}: no process has said what it does. {intact}"
+            return f"{head} {phase}: no process has said what it does. {self.kept}"
         frames = last_thread(worker.stacks)[:_FRAMES]
         where = f"{worker.name} (process {worker.pid} on {worker.host}) {'is in' if frames else 'does not answer'}"
-        return "\n".join([f"{head} {phase}: {where}", *frames, f"all stacks: {file}. {intact}"])
+        return "\n".join([f"{head} {phase}: {where}", *frames, f"all stacks: {file}. {self.kept}"])
 
     def _hanging(self, workers: Sequence[Worker]) -> tuple[str, Worker | None]:
         """(phase, worker): one that has long been in a part, else one whose work the driver's phase is."""

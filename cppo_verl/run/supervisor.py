@@ -19,7 +19,7 @@ from cppo_verl.run.files import DamagedFile, parse_line
 from cppo_verl.run.log import EVENTS, RunLog
 from cppo_verl.run.machine import joined_cluster
 from cppo_verl.run.progress import PROGRESS
-from cppo_verl.run.stall import Stalled, Watch
+from cppo_verl.run.stall import KEPT, Stalled, Watch
 from cppo_verl.run.terminal import warn
 
 # Every process of a run inherits this variable; what still carries it after the run is the run's own leftover.
@@ -127,19 +127,21 @@ def supervise(
     lines: Path,
     display: Display,
     stall: float | None = None,
+    kept: str = KEPT,
 ) -> int:
     """Run ``python -m module folder`` to its end and leave nothing of it running; returns its exit status.
 
     Args:
         lines: a JSON-lines file that the process appends to, shown beside the folder's events.
         stall: seconds without progress that end it, with the event "failed" and STALLED; None: it may take its time.
+        kept: what is said then of the work that is not lost.
     """
     tag = uuid.uuid4().hex
     process, stalled, watch = None, None, None
     environment = {**environment, RUN_TAG: tag}
     environment.pop(PROGRESS, None)
     if stall is not None:
-        watch = Watch(log_file.with_suffix(".progress"), stall)
+        watch = Watch(log_file.with_suffix(".progress"), stall, kept)
         watch.folder.mkdir(exist_ok=True)
         environment[PROGRESS] = str(watch.folder)
     with _termination_as_interrupt(), open(log_file, "ab") as log:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cppo_verl.cli import main
 from cppo_verl.config import compose as configuration
 from cppo_verl.config.validate import validate
 from cppo_verl.run.log import METRICS, read_lines
@@ -74,6 +75,25 @@ def test_a_run_that_hangs_ends_with_phase_worker_and_stack(tmp_path, stall, told
     assert (last["event"], last["error"]) == ("failed", "Stalled")
     assert (tmp_path / "checkpoints/global_step_1").is_dir()
     assert left(tmp_path) == []
+
+
+def test_an_evaluation_is_watched_as_its_run_was_and_says_what_is_kept(live_assets, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def hanging(module, folder, log, environment, lines, display, stall, kept):
+        asked.append(stall)
+        variables = {**environment, "STALL": "loading the model", "PYTHONPATH": str(Path(__file__).parent)}
+        return supervise("stalling", folder, log, variables, lines, display, 0.6, kept)
+
+    monkeypatch.setattr("cppo_verl.evaluation.command.supervise", hanging)
+    data, out = live_assets / "heldout.parquet", tmp_path / "evaluation"
+    command = ["eval", str(live_assets / "model"), "--data", str(data), "--max-tokens", "16", "--out", str(out)]
+    assert main(command) == STALLED
+    assert asked == [3600]
+    output = capsys.readouterr().out
+    assert "Stalled: no progress for 0.01 minutes in loading the model: driver (process " in output
+    assert "what was sampled is kept; the same command goes on from there" in output
+    assert "Checkpoints are intact" not in output
 
 
 def test_a_run_that_gets_on_slowly_is_left_alone(tmp_path):
