@@ -174,10 +174,13 @@ class TrustRegionTraining(PPOTrainer):
             if role in self.role_worker_mapping:
                 self.role_worker_mapping[role] = ray.remote(self.worker)
 
+    def _setup(self) -> None:
+        super()._setup()
+        self.log.event("initialized", step=self.global_steps, total_steps=self.total_training_steps)
+
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         self._restore_history(self.global_steps)
-        self.log.event("initialized", step=self.global_steps, total_steps=self.total_training_steps)
 
     def _restore_history(self, step: int) -> None:
         """Metrics and validation samples as they were at ``step``; its validation is repeated if it had not ended."""
