@@ -186,6 +186,7 @@ def _verl_seams() -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
         (PPOTrainerSync.on_init_end, ("self",)),
         (PPOTrainerSync.on_step_end, ("self",)),
         (ReplayBuffer._sync_metadata_from_transfer_queue, ("self",)),
+        (ReplayBuffer._evict_terminal_groups, ("self", "global_steps", "partition_id", "eviction_reasons")),
         (PPOTrainerSync.fit, ("self", "agent_loop_manager")),
         (tensordict_utils.get_non_tensor_data, ("data", "key", "default")),
         (tensordict_utils.assign_non_tensor, ("tensor_dict",)),

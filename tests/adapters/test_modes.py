@@ -48,6 +48,36 @@ def test_a_steps_counts_add_up_and_its_token_metrics_go_on():
     assert of_a_step([]) == {}
 
 
+def test_groups_that_all_fail_end_the_run_and_some_that_fail_do_not():
+    from types import SimpleNamespace
+
+    from cppo_verl.adapters.driver.trainer import giving_up
+
+    evictions = []
+    buffer = SimpleNamespace(
+        finished_keys={"train": set()}, _evict_terminal_groups=lambda *arguments: evictions.append(arguments) or "done"
+    )
+    evict = giving_up(buffer, limit=4)
+
+    def poll(failed, finished):
+        buffer.finished_keys["train"] = set(finished)
+        return evict(7, "train", (set(), set(), set(failed), {}))
+
+    for _ in range(3):  # a finished one between them
+        assert poll("abc", "") == "done"
+        assert poll("", "z") == "done"
+        assert poll("", "") == "done"  # trained
+    poll("ab", "y")
+    poll("", "y")  # still there: not another one
+    poll("c", "y")
+    assert len(evictions) == 12
+    with pytest.raises(RuntimeError, match="4 groups of responses in a row could not be generated or graded"):
+        poll("d", "y")
+    with pytest.raises(RuntimeError, match="8 groups"):
+        giving_up(buffer, limit=8)(7, "train", (set(), set(), set("abcdefgh"), {}))
+    assert len(evictions) == 12
+
+
 @pytest.fixture
 def engines(monkeypatch):
     """Two actor ranks and a server's worker, ready to send and receive."""
