@@ -266,6 +266,7 @@ SLIDE = """(() => {
 
 
 @pytest.mark.alone
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("rows", "length", "method"),
     [
