@@ -5,6 +5,7 @@ Imports neither verl nor Ray.
 
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -14,14 +15,23 @@ from cppo_verl.config.compose import verl_config_dir
 from cppo_verl.dry_run.cautions import cautions, unknown_fields
 from cppo_verl.dry_run.derived import derived, queue_bytes, size_text
 from cppo_verl.dry_run.difference import difference
-from cppo_verl.dry_run.memory import GIB, Estimate, Layout, estimate, host_bytes, key_value_bytes, vllm_weights
+from cppo_verl.dry_run.memory import (
+    GIB,
+    Estimate,
+    Layout,
+    Parts,
+    estimate,
+    host_bytes,
+    key_value_bytes,
+    vllm_weights,
+)
 from cppo_verl.dry_run.model import Model, find_model
 
 # Where there is no nvidia-smi: a card of 80 GB.
 _ASSUMED_CARD = 80 * GIB
 # verl's model_engine of each actor.strategy whose memory is estimated.
 _ENGINES = {"fsdp": "dp", "fsdp2": "dp", "megatron": "megatron"}
-_PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", "vllm")
+_PARTS = tuple(field.name for field in fields(Parts))
 
 
 def describe(config: DictConfig) -> tuple[list[str], list[str]]:
@@ -94,7 +104,7 @@ def _table(expected: Estimate) -> Iterator[str]:
         yield f"{part:<14}" + "".join(f"{getattr(moment, part) / size:>13.2f}" for moment in moments.values())
     yield "update: a training step; weight sync: sending the new weights to vLLM; generation: vLLM's turn"
     yield "gathered: tensors put together from all GPUs for a moment; activations, logits: of one micro-batch"
-    yield "vllm: its weights and cache, none while it sleeps"
+    yield "step: what the optimizer takes for a moment, on GPUs; vllm: its weights and cache, none while it sleeps"
     yield "not counted: CUDA contexts and graphs, NCCL buffers, fragmentation"
 
 

@@ -33,9 +33,9 @@ from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import INTERRUPTED, RUN_FOLDER, locked, process_environment, supervise
 from cppo_verl.run.terminal import console
 
-# A file or a pipe has no width: tables are printed whole.
 # Said where an evaluation ends before its end.
 _KEPT = "what was sampled is kept; the same command goes on from there"
+# A file or a pipe has no width: tables are printed whole.
 _console = console() if console().is_terminal else console(width=140)
 
 

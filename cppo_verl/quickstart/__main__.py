@@ -18,7 +18,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from cppo_verl.quickstart.calculator import WORDS
-from cppo_verl.quickstart.flags import add_flags, settings_from
+from cppo_verl.quickstart.flags import parser_of, settings_from, summary
 from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
 from cppo_verl.quickstart.task import TaskSpec, make_splits, write_parquet
 from cppo_verl.quickstart.warmup import (
@@ -58,17 +58,15 @@ SPECS = {"task": TaskSpec, "model": ModelShape, "warmup": WarmupSpec}
 
 def build_parser() -> argparse.ArgumentParser:
     """One flag for every knob, its default the tuned one."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cppo_verl.quickstart",
-        description="Build the toy arithmetic task and a small Qwen3 warm-started on it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    return parser_of(
+        "python -m cppo_verl.quickstart",
+        "Build the toy arithmetic task and a small Qwen3 warm-started on it.",
+        SPECS,
+        FLAG_HELP,
+        seed="the splits, the weights and the warm start",
+        samples=16,
+        max_tokens=40,
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory to build")
-    parser.add_argument("--seed", type=int, default=0, help="decides the splits, the weights and the warm start")
-    parser.add_argument("--measure-samples", type=int, default=16, help="samples per held-out problem, temperature 1")
-    parser.add_argument("--measure-max-tokens", type=int, default=40, help="longest sampled answer, in tokens")
-    add_flags(parser, SPECS, FLAG_HELP)
-    return parser
 
 
 def build(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +134,7 @@ def main() -> None:
     parser = build_parser()
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
-    settings = settings_from(arguments, SPECS, "seed", "measure_samples", "measure_max_tokens")
+    settings = settings_from(arguments, SPECS)
     built = built_with(out)
     if built == settings:
         print(f"{out} already holds this build; nothing to do")
@@ -149,12 +147,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half built is removed
     print(f"warming up a tiny Qwen3 on sums: {settings['warmup']['steps']} steps of supervised training", flush=True)
     manifest = build_atomically(out, settings)
-    sampled = manifest["heldout_sampled"]
-    print(
-        f"{out}: {manifest['parameters']:,} parameters, {manifest['problems']['train']} training and "
-        f"{manifest['problems']['heldout']} held-out problems, sampled accuracy {sampled['accuracy']:.1%}, "
-        f"{sampled['boxed_share']:.1%} boxed, {manifest['seconds']:.0f} s"
-    )
+    print(summary(out, manifest))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from cppo_verl.problems import ConfigError
-from cppo_verl.quickstart.flags import add_flags, flag_name, settings_from
+from cppo_verl.quickstart.flags import flag_name, parser_of, settings_from, summary
 from cppo_verl.quickstart.task import write_parquet
 from cppo_verl.quickstart.warmup import SampledAccuracy, Supervised, measure, run_warmup, warn_off_target
 from cppo_verl.run.files import DamagedFile, read_json, write_atomically
@@ -65,17 +65,15 @@ SPECS = {"task": TaskSpec, "warmup": Warmup}
 
 def build_parser() -> argparse.ArgumentParser:
     """One flag for every knob, its default the one that the documentation's numbers are of."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cppo_verl.smollm2",
-        description="Fetch SmolLM2-135M-Instruct, make worded sums and warm the model up on them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    return parser_of(
+        "python -m cppo_verl.smollm2",
+        "Fetch SmolLM2-135M-Instruct, make worded sums and warm the model up on them.",
+        SPECS,
+        FLAG_HELP,
+        seed="the splits and the warm start",
+        samples=2,
+        max_tokens=32,
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory to build")
-    parser.add_argument("--seed", type=int, default=0, help="decides the splits and the warm start")
-    parser.add_argument("--measure-samples", type=int, default=2, help="samples per held-out problem, temperature 1")
-    parser.add_argument("--measure-max-tokens", type=int, default=32, help="longest sampled answer, in tokens")
-    add_flags(parser, SPECS, FLAG_HELP)
-    return parser
 
 
 def sampled_accuracy(
@@ -180,7 +178,7 @@ def main() -> None:
     parser = build_parser()
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
-    settings = settings_from(arguments, SPECS, "seed", "measure_samples", "measure_max_tokens")
+    settings = settings_from(arguments, SPECS)
     if built_with(out) == settings:
         print(f"{out} already holds this build; nothing to do")
         return
@@ -193,12 +191,7 @@ def main() -> None:
             manifest = build(out, settings)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    sampled = manifest["heldout_sampled"]
-    print(
-        f"{out}: {manifest['parameters']:,} parameters, {manifest['problems']['train']} training and "
-        f"{manifest['problems']['heldout']} held-out problems, sampled accuracy {sampled['accuracy']:.1%}, "
-        f"{sampled['boxed_share']:.1%} boxed, {manifest['seconds']:.0f} s"
-    )
+    print(summary(out, manifest))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_a_steps_counts_add_up_and_its_token_metrics_go_on():
 def test_groups_that_all_fail_end_the_run_and_some_that_fail_do_not():
     from types import SimpleNamespace
 
-    from cppo_verl.adapters.driver.trainer import giving_up
+    from cppo_verl.adapters.driver.replay import giving_up
 
     evictions = []
     buffer = SimpleNamespace(

@@ -123,6 +123,17 @@ def test_what_does_not_go_together_is_refused(arguments, text, capsys):
     assert capsys.readouterr().err == f"cppo bench: {text}\n"
 
 
+def test_ratios_of_the_cpu_stack_are_not_compared_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(quick, "has_gpu", lambda: True)
+    assert main(["bench", "--quick"]) == 2
+    assert "--quick compares with ratios of the CPU stack" in capsys.readouterr().err
+
+
+def test_an_unknown_shape_is_refused(capsys):
+    assert main(["bench", "--shape", "Qwen9"]) == 2
+    assert "--shape Qwen9: not known; there are Qwen3-1.7B, Qwen3-30B-A3B, Qwen3-8B" in capsys.readouterr().err
+
+
 def test_costs_and_quick_are_two_commands():
     with pytest.raises(SystemExit):
         main(["bench", "--costs", "x", "--quick"])

@@ -217,18 +217,39 @@ def test_ranks_and_micro_batches(printed):
     assert kept["disk for checkpoints"] == "4.82 TB (49 kept of 49 saved)"
 
 
+def rows_of(sections):
+    """The memory table: part -> update, weight sync, generation."""
+    return {line.split()[0]: [float(number) for number in line.split()[1:4]] for line in sections["memory"][1:10]}
+
+
+def assert_adds_up(table):
+    assert list(table)[-1] == "total"
+    for column in range(3):
+        parts = [row[column] for part, row in table.items() if part != "total"]
+        assert table["total"][column] == pytest.approx(sum(parts), abs=0.04)
+
+
 def test_memory_of_the_8b_run(printed):
     text, sections = printed(*recipe("qwen3_8b_base"))
     assert "a card of 80 GiB is assumed" in text
     assert "8,190,735,360 parameters by configs/facts/Qwen3-8B.json" in text
-    table = {line.split()[0]: [float(number) for number in line.split()[1:4]] for line in sections["memory"][1:9]}
+    table = rows_of(sections)
     share = 8_190_735_360 * 4 / 8 / 2**30
     assert table["weights"] == pytest.approx([share] * 3, abs=0.006)
     assert table["optimizer"] == pytest.approx([2 * share] * 3, abs=0.006)
     assert table["vllm"] == pytest.approx([0, 8_190_735_360 * 2 / 2**30, 56], abs=0.006)
-    for column in range(3):
-        parts = [row[column] for part, row in table.items() if part != "total"]
-        assert table["total"][column] == pytest.approx(sum(parts), abs=0.04)
+    assert_adds_up(table)
+
+
+def test_the_optimizers_step_is_the_peak_of_a_small_micro_batch(printed):
+    """On a GPU; 32.11 GiB were measured there at this shape (docs/gpu.md)."""
+    small = ("actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096", "data.max_response_length=256")
+    _, sections = printed(*recipe("qwen3_1.7b_1gpu"), *small, "data.max_prompt_length=64")
+    table = rows_of(sections)
+    assert table["step"] == [table["weights"][0], 0, 0]
+    assert table["logits"] == table["activations"] == [0, 0, 0]
+    assert table["total"][0] == pytest.approx(32.05, abs=0.01)
+    assert_adds_up(table)
 
 
 def test_the_host_holds_what_is_offloaded(printed):
@@ -257,7 +278,7 @@ def test_the_card_is_that_of_nvidia_smi(printed, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     text, sections = printed(*recipe("qwen3_8b_base"), "trainer.project_name=card")
     assert "card by nvidia-smi" in text
-    assert sections["memory"][7].split() == ["vllm", "0.00", "15.26", "28.00"]
+    assert rows_of(sections)["vllm"] == [0, 15.26, 28.00]
     assert any(f"{ROLLOUT}.gpu_memory_utilization=0.7" in line for line in sections["warnings"])
 
 

@@ -1,5 +1,6 @@
 """verl's FSDP engines on a GPU with our loss, without Ray and vLLM: log pi, D_t, the mask and the gradient."""
 
+import json
 import math
 
 import pytest
@@ -86,8 +87,6 @@ def test_micro_batches_change_nothing(runs, name):
 
 def test_ours_is_float32_where_verls_rounds(runs):
     """On the very logits of the engine, bfloat16: the largest errors against float64."""
-    import json
-
     folder = runs["bfloat16"][0]
     lines = [json.loads(line) for line in (folder / "exactness.0").read_text().splitlines()]
     assert {line["dtype"] for line in lines} == {"torch.bfloat16"}

@@ -35,6 +35,7 @@ from cppo_verl.adapters.columns import (
     TRAIN_ALL_ROWS,
 )
 from cppo_verl.adapters.driver import placement
+from cppo_verl.adapters.driver.replay import watched
 from cppo_verl.adapters.driver.step_metrics import (
     aime_mean,
     outcome_metrics,
@@ -147,13 +148,7 @@ class TrustRegionTraining(PPOTrainer):
         return self._agent_loops.result()
 
     def _build_replay_buffer(self) -> ReplayBuffer:
-        buffer = super()._build_replay_buffer()
-        buffer.poll_interval = self.run.poll_interval
-        buffer._sync_metadata_from_transfer_queue = progress.counting(
-            buffer._sync_metadata_from_transfer_queue, lambda: _stored(buffer)
-        )
-        buffer._evict_terminal_groups = giving_up(buffer, self.config.data.train_batch_size)
-        return buffer
+        return watched(super()._build_replay_buffer(), self.run.poll_interval, self.config.data.train_batch_size)
 
     def get_llm_client(self) -> LLMServerClient:
         return self._client_of(self.llm_server_manager, alone=True)
@@ -350,37 +345,6 @@ class TrustRegionTraining(PPOTrainer):
 
 class TrustRegionTrainer(TrustRegionTraining, PPOTrainerSync):
     """In lockstep: a batch is generated, then trained, by turns on the same devices."""
-
-
-def giving_up(buffer: ReplayBuffer, limit: int) -> Callable[..., Any]:
-    """The buffer's eviction of what cannot be trained, which raises where nothing but failures comes any more.
-
-    verl asks for another prompt for every group that failed, for ever: also where all servers are dead.
-
-    Args:
-        limit: groups that may fail one after the other without a group that is finished among them.
-    """
-    evict, seen, failed = buffer._evict_terminal_groups, set[str](), 0
-
-    def evicted(global_steps: int, partition_id: str, reasons: tuple[set[str], ...]) -> Any:
-        nonlocal seen, failed
-        finished = set(buffer.finished_keys[partition_id])
-        failed = len(reasons[2]) + (0 if finished - seen else failed)
-        seen = finished
-        if failed >= limit:
-            raise RuntimeError(
-                f"{failed} groups of responses in a row could not be generated or graded, and none could: training "
-                "stopped. The log has each error. The last checkpoint is intact; run.resume=true continues from it"
-            )
-        return evict(global_steps, partition_id, reasons)
-
-    return evicted
-
-
-def _stored(buffer: ReplayBuffer) -> tuple[int, ...]:
-    """How many responses and prompts there are, by how far they are; it changes with every response."""
-    groups = (buffer.partitions, buffer.pending_keys, buffer.running_keys, buffer.finished_keys, buffer.failure_keys)
-    return tuple(sum(map(len, group.values())) for group in groups)
 
 
 def _beside(start: Callable[..., Started], *arguments: Any) -> Future[Started]:

@@ -19,6 +19,7 @@ from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
 from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
 from cppo_verl.adapters.driver import resampling
 from cppo_verl.bench.cells import Cell
+from cppo_verl.bench.measure.tensors import peak
 from cppo_verl.bench.model import random_model, tiny_model
 from cppo_verl.config.compose import compose
 from cppo_verl.run.machine import has_gpu
@@ -42,18 +43,12 @@ def update(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]
     functions: dict[str, Callable[[], object]] = {}
     for name, worker in workers.items():
         functions[name] = partial(_train, worker, batch)
-    facts: dict[str, Any] = (
-        {"bytes": {name: _peak(function) for name, function in functions.items()}} if has_gpu() else {}
-    )
+    facts: dict[str, Any] = {}
+    if has_gpu():
+        for function in functions.values():
+            function()  # the first makes the optimizer's state
+        facts["bytes"] = {name: peak(function) for name, function in functions.items()}
     return functions, facts
-
-
-def _peak(function: Callable[[], object]) -> int:
-    function()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def signal(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:

@@ -124,7 +124,7 @@ def log_prob(cell: Cell) -> tuple[Functions, dict[str, Any]]:
         "ours with entropy and backward": lambda: both(lambda logits: ours(logits, with_entropy=True)),
     }
     size = logits.numel() * logits.element_size()
-    return functions, {"bytes": {name: _peak(functions[name]) - size for name in functions if "backward" in name}}
+    return functions, {"bytes": {name: peak(functions[name]) - size for name in functions if "backward" in name}}
 
 
 class _FromHead(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _FromHead(torch.autograd.Function):
         return gradient.new_empty(0), None
 
 
-def _peak(function: Callable[[], object]) -> int:
+def peak(function: Callable[[], object]) -> int:
     """Bytes that the process, or what it has on the GPU, grows by at most while ``function`` runs."""
     ctypes.CDLL(None).malloc_trim(0)  # or memory kept from before would be used without growing
     _MEMORY.reset_peak_memory_stats()
