@@ -29,7 +29,7 @@ def runs(live_assets, tmp_path_factory):
     configs = {
         "float32": composed(FLOAT32),
         "float32 padded": composed(FLOAT32, padded),
-        "float32 fsdp2": composed(FLOAT32, "actor_rollout_ref.actor.strategy=fsdp2"),
+        "float32 fsdp": composed(FLOAT32, "actor_rollout_ref.actor.strategy=fsdp"),
         "bfloat16": composed("+temperatures=[1.0,0.7]"),
     }
     found = {}
@@ -39,7 +39,7 @@ def runs(live_assets, tmp_path_factory):
     return found
 
 
-NAMES = ("float32", "float32 padded", "float32 fsdp2", "bfloat16")
+NAMES = ("float32", "float32 padded", "float32 fsdp", "bfloat16")
 
 
 @pytest.mark.parametrize("name", NAMES)
