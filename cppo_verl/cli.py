@@ -42,6 +42,17 @@ _MERGE_HELP = """\
 CHECKPOINT is a run folder (its latest checkpoint), one of its checkpoints/global_step_N, or verl's folder of shards.
 """
 
+_PLOT_HELP = """\
+Runs that differ in their seed alone are one curve, their mean, with the range of the seeds as a band. Each figure is
+written as PNG and SVG: validation, training, trust_region, ablations (of three and more settings), positions and mask
+(of dumped steps: run.dump_steps, run.inspect_every).
+"""
+
+_TABLE_HELP = """\
+Runs that differ in their seed alone are one row. A run is judged by cppo eval RUN --all where that was done, else by
+its own validations.
+"""
+
 _DOCTOR_HELP = """\
 Without overrides the machine and the installation are examined; with those of a run (recipe=..., data.train_files=...)
 its settings, data, model and disk as well. Exit status: 0 when nothing FAILs, 1 otherwise, 2 for overrides that cannot
@@ -121,8 +132,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides, as for train")
     doctor.add_argument("--no-ray", dest="ray", action="store_false", help="neither start nor join Ray")
     doctor.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
-    plot = add("plot", "training.command:plot", "draw the plots of a run folder")
-    plot.add_argument("folder", type=Path, metavar="RUN", help="run folder")
+    plot = add("plot", "figures.command:plot", "draw the paper's figures of one or several runs", _PLOT_HELP)
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    plot.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/plots; of several runs plots")
+    table = add("table", "figures.command:table", "Avg@k of several runs with errors, the paper's numbers beside",
+                _TABLE_HELP)  # fmt: skip
+    table.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    table.add_argument("--format", dest="kind", choices=("markdown", "json", "latex"), default="markdown")
+    table.add_argument("--at", choices=("best", "last"), default="best", help="checkpoint of each run (default: best)")
+    table.add_argument("--until", type=_positive, metavar="STEP", help="only checkpoints up to it (the paper's T_stop)")
+    table.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
     calibrate = add("calibrate", "training.calibration:calibrate", "what delta and delta_b would mask in a run's dumps")
     calibrate.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")
     calibrate.add_argument("--w-min", type=_between(0, 1), help="weight of the last token (default: the run's, or 0.8)")

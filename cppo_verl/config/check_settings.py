@@ -47,6 +47,12 @@ def check_method(config: DictConfig) -> Iterator[Problem]:
             f"={config.divergence.name}: {config.method.name} is defined on a KL divergence; "
             "use divergence=topk_kl, or method.allow_tv=true to go on with its KL thresholds on a total variation",
         )
+    if getattr(method, "needs_total_variation", False) and config.divergence.kind != "tv":
+        yield about(
+            "divergence",
+            f"={config.divergence.name}: {config.method.name} is defined on a total variation; "
+            "use divergence=binary_tv or topk_tv",
+        )
 
 
 def check_divergence(config: DictConfig) -> Iterator[Problem]:

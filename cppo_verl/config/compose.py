@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.adapters.driver.placement import server_devices
 from cppo_verl.checkpoint import retention
-from cppo_verl.config import model_folder
+from cppo_verl.config import model_folder, own_methods
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.machine import has_gpu
@@ -44,7 +44,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose ``configs/train.yaml`` with command-line overrides. Raises ConfigError with Hydra's reason."""
     for override in overrides:
         _check_word(override)
-        _check_choice(override)
+        if not _is_own_method(override):
+            _check_choice(override)
     chosen = list(overrides)
     if not any(override.startswith("platform=") for override in overrides):
         recipes = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
@@ -138,7 +139,14 @@ def _check_word(override: str) -> None:
 def _check_choice(override: str) -> None:
     group, separator, value = override.partition("=")
     if separator and group in GROUPS and value not in choices(group):
-        raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(choices(group))}")
+        names = [*choices(group), *(own_methods.names() if group == "method" else ())]
+        raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(names)}")
+
+
+def _is_own_method(override: str) -> bool:
+    """Whether it chooses a method of an installed package, whose settings are then there for Hydra."""
+    group, _, value = override.partition("=")
+    return group == "method" and value not in choices("method") and own_methods.register(value)
 
 
 def verl_config_dir() -> Path:

@@ -94,7 +94,10 @@ FINITE = Rule(
 LOGGERS = ("console", "wandb", "tensorboard", "mlflow", "swanlab", "vemlp_wandb", "clearml", "trackio", "rl_insight")
 _KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
 _STRAIGHT = ("kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+", "full+")  # with a straight-through gradient
-_IGNORED = "verl ignores it where algorithm.rollout_correction.bypass_mode=true, as here"
+_IGNORED = (
+    "verl ignores it where algorithm.rollout_correction.bypass_mode=true, as here; "
+    "method=tis, mis or icepop, or method.importance"
+)
 
 # How models write a call: verl's parsers (a test compares).
 TOOL_FORMATS = ("deepseek_v4", "gemma4", "glm", "gpt-oss", "hermes", "kimi", "minimax", "qwen3_coder", "seed")
@@ -106,7 +109,11 @@ _THRESHOLDS = {
 }
 _METHOD = {
     f"method.{name}": FINITE
-    for name in ("delta", "delta_b", "delta_b_max_factor", "delta_max", "delta_avg", "eps_low", "eps_high")
+    for name in (
+        *("delta", "delta_b", "delta_b_scale", "delta_b_max_factor", "delta_max", "delta_avg", "eps_low", "eps_high"),
+        *("tau", "tau_pos", "tau_neg", "low", "high", "cap_pos", "cap_neg", "half_life", "safety", "dual_clip"),
+        *("k_pos", "lambda_pos", "k_neg", "lambda_neg"),
+    )
 } | {"method.ratio_cap": FINITE._replace(wanted="a finite number, or null for no cap")}
 _RUN = {
     "run.name": Rule("text", lambda value: not isinstance(value, list | dict)),

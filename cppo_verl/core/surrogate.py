@@ -86,12 +86,19 @@ def minpro_loss(
     log_prob = torch.where(valid, log_prob, torch.zeros_like(log_prob)).float()
     with torch.no_grad():
         log_ratio = _log_ratio(log_prob, torch.where(valid, rollout_log_prob, 0.0))
-        lowest = log_ratio.masked_fill(~valid, torch.inf).cummin(-1).values
-        before = torch.cat([torch.full_like(lowest[:, :1], torch.inf), lowest[:, :-1]], -1)
-        before = torch.where(torch.isinf(before), torch.zeros_like(before), before)
-        weight = (before + log_ratio).exp().clamp(1.0 - eps_low, 1.0 + eps_high)
+        weight = (lowest_before(log_ratio, valid) + log_ratio).exp().clamp(1.0 - eps_low, 1.0 + eps_high)
         weight = weight * torch.where(valid, advantages.float(), 0.0)
     return -weight * log_prob
+
+
+@torch.no_grad()
+def lowest_before(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
+    """log rho_min_t = min_{i<t} log rho_i over the valid tokens before t, 0 for the first; clamped, ``[B, T]``."""
+    valid = response_mask.bool()
+    clamped = log_ratio.float().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    lowest = clamped.masked_fill(~valid, torch.inf).cummin(-1).values
+    before = torch.cat([torch.full_like(lowest[:, :1], torch.inf), lowest[:, :-1]], -1)
+    return torch.where(torch.isinf(before), torch.zeros_like(before), before)
 
 
 def _log_ratio(log_prob: Tensor, rollout_log_prob: Tensor) -> Tensor:

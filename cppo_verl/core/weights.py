@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cppo_verl.core.checks import require_not_nan, require_same_shape
+from cppo_verl.core.checks import require_not_nan, require_positive, require_same_shape
 
 SCHEDULES = ("linear", "uniform", "shuffled")
 
@@ -59,6 +59,7 @@ def prefix_budget(
     *,
     delta_b: float,
     quantile: float | None = None,
+    scale: float = 1.0,
     max_factor: float = 2.0,
     validate: bool = True,
 ) -> Tensor:
@@ -68,6 +69,7 @@ def prefix_budget(
         divergence, response_mask: ``[B, T]``. Calibration uses the unweighted D over valid tokens.
         delta_b: the budget (``quantile=None``), or its lower bound delta_b_min.
         quantile: e.g. 0.9 for ``clamp(P90(D_1..D_T), delta_b, max_factor * delta_b)``, linear interpolation.
+        scale: factor on that quantile before it is clamped (not in the paper; its authors' code has it, at 1).
         max_factor: upper bound as a multiple of ``delta_b``.
 
     A response without a valid token gets ``delta_b``.
@@ -75,12 +77,13 @@ def prefix_budget(
     require_same_shape("response_mask", response_mask=response_mask, divergence=divergence)
     if validate:
         _check_budget(delta_b, quantile, max_factor)
+        require_positive("scale", scale)
         require_not_nan(response_mask.bool(), divergence=divergence)
     fixed = torch.full((divergence.shape[0],), float(delta_b), device=divergence.device)
     if quantile is None or divergence.shape[1] == 0:
         return fixed
     value = _row_quantile(divergence.float(), response_mask.bool(), quantile)
-    return torch.where(response_mask.bool().any(-1), value.clamp(delta_b, max_factor * delta_b), fixed)
+    return torch.where(response_mask.bool().any(-1), (scale * value).clamp(delta_b, max_factor * delta_b), fixed)
 
 
 def _check_budget(delta_b: float, quantile: float | None, max_factor: float) -> None:

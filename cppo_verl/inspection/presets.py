@@ -9,9 +9,14 @@ from omegaconf.errors import OmegaConfBaseException
 from cppo_verl.config.compose import choices, config_dir
 from cppo_verl.problems import ConfigError
 
+# Classes that web/mask.js computes; of others it shows what training did.
+COMPUTED = ("Cppo", "Dppo", "Trm", "Grpo", "Cispo", "MinPro")
+
 
 def presets(config: DictConfig) -> list[dict[str, Any]]:
-    """``name``, ``kind`` (the class) and ``settings`` of each method, the run's own first.
+    """``name``, ``kind`` (the class, or "Trained") and ``settings`` of each method, the run's own first.
+
+    Others are those that the page can compute.
 
     Raises:
         ConfigError: the run's configuration lacks what the defaults refer to.
@@ -19,13 +24,17 @@ def presets(config: DictConfig) -> list[dict[str, Any]]:
     own = OmegaConf.to_container(config.method, resolve=True)
     assert isinstance(own, dict)
     others = [name for name in sorted(choices("method")) if name != own["name"]]
-    return [_method(own), *(_method(_defaults(name, config)) for name in others)]
+    compared = [_method(_defaults(name, config)) for name in others]
+    return [_method(own), *(method for method in compared if method["kind"] != "Trained")]
 
 
 def _method(settings: dict[Any, Any]) -> dict[str, Any]:
     # JSON has no infinity, which a threshold that never binds may be.
     values = {key: "Infinity" if value == math.inf else value for key, value in settings.items()}
-    return {"name": settings["name"], "kind": settings["_target_"].rpartition(".")[2], "settings": values}
+    kind = settings["_target_"].rpartition(".")[2]
+    if kind not in COMPUTED or settings.get("length_reference") is not None:
+        kind = "Trained"
+    return {"name": settings["name"], "kind": kind, "settings": values}
 
 
 def _defaults(name: str, config: DictConfig) -> dict[Any, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cppo_verl.problems import ConfigError
-from cppo_verl.training.dumps import load
+from cppo_verl.run.dumps import load
 
 # A cell whose probability is below this under both policies is left to "other".
 SMALLEST = 1e-3

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from cppo_verl import core
 from cppo_verl.problems import ConfigError
+from cppo_verl.run.dumps import dumps_of, load
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.terminal import console, say
-from cppo_verl.training.dumps import dumps_of, load
 
 # The paper's ratio of delta to a fixed delta_b (0.15 / 0.015): what ten average tokens may spend one may spend alone.
 RATIO = 10.0

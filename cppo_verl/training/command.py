@@ -1,7 +1,6 @@
-"""``cppo train`` and ``cppo plot``."""
+"""``cppo train``."""
 
 import sys
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -9,7 +8,6 @@ from cppo_verl.config.compose import compose
 from cppo_verl.config.validate import validate
 from cppo_verl.dry_run.room import lacking
 from cppo_verl.problems import ConfigError
-from cppo_verl.run.log import METRICS
 from cppo_verl.run.terminal import say, warn
 
 
@@ -47,14 +45,3 @@ def _describe(config: DictConfig) -> None:
     warned = f", {len(cautions)} warning{'s' * (len(cautions) > 1)}" if cautions else ""
     checked = f"{config.method.name} over {config.divergence.name}{warned}"
     warn(f"# checked: {checked}; nothing was started")
-
-
-def plot(folder: Path) -> int:
-    """Draw the plots of a run folder and print their paths."""
-    from cppo_verl.training.plots import plot_run
-
-    if not (folder / METRICS).exists():
-        raise ConfigError(f"{folder} is not a run folder (no {METRICS})")
-    for path in plot_run(folder, say=lambda text: warn(f"cppo plot: {text}")):
-        say(path)
-    return 0

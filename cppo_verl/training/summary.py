@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cppo_verl.run.files import DamagedFile, numbered_lines, write_atomically
+from cppo_verl.evaluation.validation import validations, verdicts
+from cppo_verl.run.dumps import dumps_of
+from cppo_verl.run.files import write_atomically
 from cppo_verl.run.folder import CONFIG
 from cppo_verl.run.log import METRICS, read_metrics
 from cppo_verl.training.reward_signal import verdict
@@ -87,6 +89,11 @@ class RunSummary:
                     f"{masked['masked']:.2%} (token {masked['token']:.2%}, prefix {masked['prefix']:.2%})",
                 )
             )
+        page = self.folder / "inspect.html"
+        if page.exists():
+            rows.append(("inspect", str(page)))
+        elif dumps_of(self.folder):
+            rows.append(("inspect", f"cppo inspect {self.folder} makes a page of the dumped steps"))
         for name in (METRICS, CONFIG, "validation", "checkpoints", "plots", "logs"):
             if (self.folder / name).exists():
                 rows.append((name.removesuffix(".jsonl"), str(self.folder / name)))
@@ -94,9 +101,9 @@ class RunSummary:
 
     def write(self) -> None:
         """``summary.json`` and ``plots/`` in the run folder."""
-        from cppo_verl.training.plots import plot_run
+        from cppo_verl.figures.plots import plot_runs
 
-        plot_run(self.folder)
+        plot_runs([self.folder], self.folder / "plots", formats=["png"])
         content = {"masked": self.masked(), "validation": [vars(change) for change in self.changes]}
         write_atomically(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
 
@@ -106,19 +113,19 @@ def validation_changes(folder: Path) -> list[ValidationChange]:
     # Not at a start, where nobody is to wait half a second for scipy.
     from cppo_verl.evaluation.statistics import avg_at_k, paired_difference
 
-    files = {int(path.stem): path for path in folder.glob("*.jsonl") if path.stem.isdecimal()}
+    files = validations(folder)
     if len(files) < 2:
         return []
     first, last = min(files), max(files)
-    before, after = _correct(files[first]), _correct(files[last])
+    before, after = verdicts(files[first]), verdicts(files[last])
     changes = []
     for source in sorted(before.keys() & after.keys()):
         # Only problems with every sample at both ends are paired; missing samples are a metric of their own.
-        samples = max(len(verdicts) for verdicts in [*before[source].values(), *after[source].values()])
+        samples = max(len(row) for row in [*before[source].values(), *after[source].values()])
         problems = [
             problem
-            for problem, verdicts in sorted(before[source].items())
-            if len(verdicts) == len(after[source].get(problem, ())) == samples
+            for problem, row in sorted(before[source].items())
+            if len(row) == len(after[source].get(problem, ())) == samples
         ]
         if len(problems) < 2:
             continue
@@ -131,15 +138,3 @@ def validation_changes(folder: Path) -> list[ValidationChange]:
             )
         )
     return changes
-
-
-def _correct(path: Path) -> dict[str, dict[tuple[str, str], list[bool]]]:
-    """data source -> problem (prompt text, gold) -> one verdict per sample; samples without a verdict are left out."""
-    result: dict[str, dict[tuple[str, str], list[bool]]] = {}
-    for number, sample in numbered_lines(path):
-        if "input" not in sample or not isinstance(sample.get("acc", 0), int | float | None):
-            raise DamagedFile(path, number, "is no sample of a validation", "mend or delete that line")
-        if sample.get("acc") is not None:
-            source = result.setdefault(str(sample.get("data_source", "validation")), {})
-            source.setdefault((sample["input"], str(sample.get("gts"))), []).append(sample["acc"] > 0.5)
-    return result

@@ -118,9 +118,37 @@ def test_statistics_by_hand():
             "divergence/quarter_4": 0.8,
             "trust_region/tokens": 10,
             "trust_region/masked_tokens": 6,
+            # Only the first response has more than one token: 2 T (T - 1) = 24, max D = 0.4, mean of the first three
+            # 0.2; three times that in the second call. Each call has two responses.
+            "bound/uniform": 24 * 0.16 * (1 + 9) / 4,
+            "bound/cppo": 24 * 0.4 * 0.2 * (1 + 9) / 4,
         },
         rel=1e-6,
     )
+
+
+def test_the_bound_uses_the_methods_weights_and_is_left_out_of_other_divergences():
+    from cppo_verl.adapters.actor.token_statistics import TokenStatistics
+    from cppo_verl.methods import Outcome, Tokens
+
+    divergence = torch.tensor([[0.1, 0.3, 0.2], [0.4, 9.0, 9.0]])
+    valid = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    tokens = Tokens(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), valid, divergence)
+    weights = torch.tensor([[1.0, 0.5, 0.25], [1.0, 0.0, 0.0]])
+    exceeded = torch.tensor([[0, 0, 1], [0, 0, 0]]).bool()
+    cut = torch.tensor([[0, 1, 0], [1, 1, 1]]).bool()  # two of the four are padding
+    outcome = Outcome(torch.zeros(2, 3), torch.ones(2, 3), exceeded, torch.ones(2), weights, exceeded, cut)
+
+    def found(**settings):
+        statistics = TokenStatistics(**settings)
+        statistics.add(tokens, outcome, None, first_minibatch=True)
+        return statistics.metrics()
+
+    assert found()["trust_region/inside_prefix"] == 0.5
+    assert found()["trust_region/clipped"] == 0.5
+    assert found()["bound/uniform"] == pytest.approx(12 * 0.09 / 2)
+    assert found()["bound/cppo"] == pytest.approx(12 * 0.3 * (0.25 / 1.5) / 2)  # (0.1 + 0.15) of 1.5
+    assert not any(name.startswith("bound/") for name in found(total_variation=False))
 
 
 def test_statistics_by_age():

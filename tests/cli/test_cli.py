@@ -98,7 +98,7 @@ def test_wheel_holds_every_module_and_config(wheel):
     }
     web = {str(path.relative_to(ROOT)) for path in (ROOT / "cppo_verl/inspection/web").iterdir()}
     assert len(web) > 5
-    assert {"cppo_verl/py.typed", "cppo_verl/bench/ratios.json", *web} <= set(names)
+    assert {"cppo_verl/py.typed", "cppo_verl/bench/ratios.json", "cppo_verl/figures/paper.json", *web} <= set(names)
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "cppo_verl").rglob("*.py")}
     assert modules == {name for name in names if name.endswith(".py")}
 

@@ -20,6 +20,18 @@ METHODS = {
     "trm_max": ("Trm", "topk_kl"),
     "trm_avg": ("Trm", "topk_kl"),
     "trm_max_avg": ("Trm", "topk_kl"),
+    "drpo": ("Drpo", "binary_tv"),
+    "gspo": ("Gspo", "topk_tv"),
+    "gmpo": ("Gmpo", "topk_tv"),
+    "sapo": ("Sapo", "topk_tv"),
+    "aspo": ("Aspo", "topk_tv"),
+    "opsm": ("Opsm", "topk_tv"),
+    "m2po": ("M2po", "topk_tv"),
+    "tis": ("ImportanceSampling", "topk_tv"),
+    "mis": ("Banded", "topk_tv"),
+    "icepop": ("Banded", "topk_tv"),
+    "fipo": ("Fipo", "topk_tv"),
+    "vespo": ("Vespo", "topk_tv"),
 }
 
 
@@ -194,6 +206,7 @@ REFUSED = [
     (["actor_rollout_ref.rollout.top_p=0.9"], "actor_rollout_ref.rollout.top_p=0.9"),
     (["actor_rollout_ref.rollout.top_k=20"], "top_k=20: training samples must come from the whole softmax"),
     (["trainer.use_v1=false"], "trainer.use_v1=false: verl's V0 trainer"),
+    (["method=drpo", "divergence=topk_kl"], "divergence=topk_kl: drpo is defined on a total variation"),
     (["algorithm.rollout_correction.bypass_mode=false"], "bypass_mode=false: the trust region is anchored"),
     (["algorithm.adv_estimator=gae"], "advantages are group-relative; use grpo"),
     (["actor_rollout_ref.model.use_fused_kernels=true"], "fused kernels need a GPU"),

@@ -1,4 +1,4 @@
-"""Recipes, Table 1's cells and ablations compose without a GPU and hold the paper's numbers (tests/data/paper.json)."""
+"""Recipes, Table 1's cells and ablations compose without a GPU and hold the paper's numbers (figures/paper.json)."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from cppo_verl.config import compose as configuration
 from cppo_verl.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
-PAPER = json.loads((ROOT / "tests" / "data" / "paper.json").read_text())
+PAPER = json.loads((ROOT / "cppo_verl" / "figures" / "paper.json").read_text())
 SCRIPTS = sorted(path.stem for path in (ROOT / "recipes").glob("qwen3_*.sh"))
 
 

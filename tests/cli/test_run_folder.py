@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from run_folders import config_of
 
 from cppo_verl.run.log import RunLog, read_lines, read_metrics
 from cppo_verl.training.display import RunDisplay
@@ -38,6 +39,7 @@ def test_resuming_forgets_what_will_be_trained_again(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """Two problems, four samples: 2 of 8 right before, 6 of 8 after; two steps of 100 tokens."""
+    (tmp_path / "config.yaml").write_text(config_of(tmp_path))
     log = RunLog(tmp_path)
     for step, tokens, masked in ((1, 100, 10), (2, 300, 2)):
         log.metrics(
@@ -87,14 +89,21 @@ def test_answers_that_could_not_be_graded_are_in_the_summary(run):
     assert dict(RunSummary.read(run).rows())["failed grading"].startswith("4 timeout (scored 0")
 
 
-def test_summary_and_plots_are_written(run, monkeypatch):
-    figures = []
-    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+def test_summary_and_plots_are_written(run):
     RunSummary.read(run).write()
     assert json.loads((run / "summary.json").read_text())["validation"][0]["source"] == "toy"
+    written = sorted(path.name for path in (run / "plots").iterdir())
+    assert written == ["training.png", "trust_region.png"]  # what there are numbers for; tests/figures has the rest
     assert (run / "plots/training.png").stat().st_size > 10_000
-    drawn = [[line.get_ydata().tolist() for line in axis.lines] for axis in figures[0].axes]
-    assert drawn == [[[0.5, 0.5]], [[pytest.approx(5.0), pytest.approx(1.0)]], [], []]
+
+
+def test_the_summary_leads_to_the_page_of_the_dumped_steps(run):
+    assert "inspect" not in dict(RunSummary.read(run).rows())
+    (run / "dumps/step_1").mkdir(parents=True)
+    (run / "dumps/step_1/minibatch0_rank0_micro0.pt").touch()
+    assert dict(RunSummary.read(run).rows())["inspect"] == f"cppo inspect {run} makes a page of the dumped steps"
+    (run / "inspect.html").touch()
+    assert dict(RunSummary.read(run).rows())["inspect"] == str(run / "inspect.html")
 
 
 def test_display_prints_a_line_per_step_once(run, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.table import Table
+from run_folders import config_of
 
 import cppo_verl
 from cppo_verl import cli
@@ -84,6 +85,7 @@ def test_a_run_with_such_a_data_source(text, tmp_path, monkeypatch):
     log.write_text(f"ValueError: {text.replace(chr(10), '')}\n", errors="replace")
     lines = [{"step": step, f"val-core/{text}$\\frac/acc/mean@4": 0.5, "training/global_step": step} for step in (0, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text(config_of(tmp_path))
     with display.RunDisplay(tmp_path, log) as shown:
         shown.event({"event": "initialized", "total_steps": 1, "step": 0})
         for line in lines:
@@ -123,7 +125,8 @@ def test_nothing_prints_past_the_one_place():
     """Rooms of the command line; what prints a file to be read again says so."""
     root = Path(cppo_verl.__file__).parent
     files = [root / "cli.py"]
-    for room in ("run", "checkpoint", "data", "config", "dry_run", "evaluation", "training", "inspection", "doctor"):
+    rooms = "run checkpoint data config dry_run evaluation figures training inspection doctor"
+    for room in rooms.split():
         files += (root / room).glob("*.py")
     found = []
     for path in files:

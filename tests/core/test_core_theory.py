@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from cppo_verl.core import cppo_mask, position_weights
+from cppo_verl.core import cppo_mask, position_weights, realised_bounds
 
 pytestmark = pytest.mark.theory
 V, T, PAIRS = 3, 4, 1000
@@ -119,6 +119,18 @@ def test_the_uniform_bound_and_that_theorem_1_is_no_looser(tried):
     delta, delta_b = constraints(tried, weights(1.0))
     assert (tried.error.abs() <= 2 * T * (T - 1) * delta**2 * (1 + 1e-12)).all()
     assert (delta_b <= delta).all()
+
+
+def test_the_realised_bound_is_theorem_1s_where_every_response_is_seen(tried):
+    """Of all responses the largest is no bound by itself (one may have lbar, another delta_b) but never above it."""
+    w = weights(0.8)
+    lbar, delta_b = constraints(tried, w)
+    rows = tried.divergence.flatten(0, 1)
+    found = realised_bounds(rows, w.expand_as(rows), torch.ones_like(rows))
+    uniform, cppo = (column.view(PAIRS, -1).amax(-1) for column in found)
+    torch.testing.assert_close(uniform, 2 * T * (T - 1) * lbar**2)
+    assert (cppo <= 2 * T * (T - 1) * lbar * delta_b * (1 + 1e-12)).all()
+    assert (cppo > 0.5 * 2 * T * (T - 1) * lbar * delta_b).any()
 
 
 def test_pairs_outside_the_constraints_exceed_the_bound():

@@ -13,7 +13,8 @@ from cppo_verl.methods import Tokens
 THRESHOLDS = {"tv": {"delta": 0.15, "delta_b": 0.015, "dppo_delta": 0.15}, "delta_b_quantile": None}
 CPPO = {"_target_": "cppo_verl.methods.Cppo", "name": "cppo", "ratio_cap": 20.0, "delta": 0.15, "w_min": 0.8,
         "weights": "linear", "horizon": None, "delta_b": 0.015, "delta_b_quantile": None,
-        "delta_b_max_factor": 2.0, "soft_gate": False}  # fmt: skip
+        "delta_b_max_factor": 2.0, "soft_gate": False, "importance": "token", "delta_b_scale": 1.0,
+        "length_reference": None}  # fmt: skip
 WORDS = [f" word{number}" for number in range(300)]
 GROUP, K = 8, 20
 

@@ -11,10 +11,10 @@ from inspected_run import CPPO, THRESHOLDS
 from omegaconf import OmegaConf
 
 from cppo_verl import core
-from cppo_verl.config.compose import choices
-from cppo_verl.inspection.presets import presets
+from cppo_verl.config.compose import choices, compose
+from cppo_verl.inspection.presets import COMPUTED, presets
 from cppo_verl.inspection.rows import _shuffled
-from cppo_verl.methods import Tokens
+from cppo_verl.methods import Drpo, Tokens
 
 MASK = (files("cppo_verl.inspection") / "web/mask.js").read_text()
 DIVERGENCE = {"name": "binary_tv", "kind": "tv", "thresholds": THRESHOLDS["tv"]}
@@ -31,6 +31,7 @@ CASES = {
     "infinite budget": CPPO | {"delta_b": float("inf")},
     "calibrated": CPPO | {"delta_b": 0.02, "delta_b_quantile": 0.9},
     "calibrated, wide": CPPO | {"delta_b": 0.001, "delta_b_quantile": 0.37, "delta_b_max_factor": 500.0},
+    "calibrated, scaled": CPPO | {"delta_b": 0.001, "delta_b_quantile": 0.9, "delta_b_scale": 0.37},
     "soft gate": CPPO | {"soft_gate": True, "delta": 0.05},
     "trm by the mean": DEFAULTS["trm_avg"] | {"delta_avg": 0.1},
     "trm by the largest": DEFAULTS["trm_max"] | {"delta_max": 0.3},
@@ -121,8 +122,28 @@ def wrong(batches, outcomes, answer):
     return int((valid & (ours != gate)).sum() + (masked & ((causes == 1) != cause)).sum())
 
 
-def test_the_cases_are_all_methods():
-    assert set(choices("method")) <= CASES.keys()
+def test_the_cases_are_all_methods_that_the_page_computes():
+    computed_here = {name for name in choices("method") if class_of(name) in COMPUTED}
+    assert computed_here == DEFAULTS.keys() >= {"cppo", "dppo", "trm_avg", "cispo"}
+    shown = presets(OmegaConf.merge(RUN, {"method": {"length_reference": 40}}))
+    assert (shown[0]["name"], shown[0]["kind"]) == ("cppo", "Trained")  # what training did is shown instead
+
+
+def class_of(name):
+    return compose([f"method={name}", "platform=cpu"]).method._target_.rpartition(".")[2]
+
+
+@needs_chromium
+def test_of_another_method_training_s_own_mask_is_shown(browser):
+    """A method of one's own, or one that fades: the dumped gate and cause."""
+    tokens = batch(3)
+    outcome = Drpo("drpo", 0.1)(tokens)
+    trained = [{"gate": outcome.gate[index].tolist(), "tokenCause": outcome.token_cause[index].int().tolist()}
+               for index in range(len(tokens.valid))]  # fmt: skip
+    rows = [row(tokens, index) | trained[index] for index in range(len(tokens.valid))]
+    answer = computed(browser, MASK, [{"kind": "Trained", "settings": {}, "rows": rows}])
+    assert wrong([tokens], [outcome], answer[0]) == 0
+    assert ((outcome.gate < 1) & tokens.valid).any()
 
 
 @needs_chromium

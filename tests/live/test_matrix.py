@@ -2,6 +2,7 @@
 
 import math
 
+import own_method
 import pytest
 from stack import run_stages
 
@@ -39,14 +40,34 @@ VARIANTS = {
     "calibrated delta_b": ["method.delta=0.005", "method.delta_b=0.0003", "method.delta_b_quantile=0.9"],
     "no ratio cap": [*SMALL, "method.ratio_cap=null"],
     "mask_std_0 off": [*SMALL, "run.mask_std_0=false"],
+    "drpo": ["method=drpo", "method.delta=0.001"],
+    "drpo over Top-K TV": ["method=drpo", "divergence=topk_tv", "method.delta=0.01"],
+    "gspo": ["method=gspo", "method.eps_low=0.00001", "method.eps_high=0.00001"],
+    "gmpo": ["method=gmpo", "method.eps_low=0.0001", "method.eps_high=0.0001"],
+    "sapo": ["method=sapo"],
+    "aspo": ["method=aspo", "method.eps_low=0.0001", "method.eps_high=0.0001"],
+    "opsm": ["method=opsm", "method.delta=0.0000001"],
+    "m2po": ["method=m2po", "method.tau=0.0000001"],
+    "m2po by response": ["method=m2po", "method.tau=0.0000001", "method.scope=response"],
+    "tis": ["method=tis"],
+    "mis": ["method=mis", "method.low=0.999", "method.high=1.001"],
+    "icepop": ["method=icepop", "method.low=0.999", "method.high=1.001"],
+    "fipo": ["method=fipo", "method.eps_low=0.0001", "method.eps_high=0.0001"],
+    "vespo": ["method=vespo"],
+    "a sequence's weight under CPPO's mask": [*SMALL, "method.importance=geometric"],
+    "a method of another package": ["method=running_max", "method.delta=0.005"],
     "token-mean": [*SMALL, "actor_rollout_ref.actor.loss_agg_mode=token-mean"],
 }
-UNMASKED = ("cispo", "minpro")
+UNMASKED = ("cispo", "minpro", "tis", "vespo")
 
 
 @pytest.fixture(scope="module")
-def matrix(live_base):
-    return run_stages(live_base, [(name, overrides, 2) for name, overrides in VARIANTS.items()], timeout=1200)[1]
+def matrix(live_base, tmp_path_factory):
+    site = own_method.install(tmp_path_factory.mktemp("site"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", str(site))  # of the stack and its workers, where pip would have installed it
+        return run_stages(live_base, [(name, overrides, 2) for name, overrides in VARIANTS.items()], timeout=1800)[1]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -67,6 +88,8 @@ def share(matrix, name, metric):
     "name",
     [
         *("cppo", "dppo", "trm_max", "trm_avg", "soft gate", "shuffled weights", "K = 5"),
+        *("drpo", "drpo over Top-K TV", "gspo", "gmpo", "sapo", "aspo", "opsm", "m2po", "m2po by response", "mis"),
+        *("icepop", "fipo", "a sequence's weight under CPPO's mask", "a method of another package"),
         *("cppo over KL", "cppo over binary TV", "cppo over binary KL", "dppo over KL", "dppo over binary TV"),
     ],
 )

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -53,9 +54,16 @@ def test_masked_means_no_gradient_and_kept_means_some(name, tokens):
     assert (slope[valid & (outcome.gate == 1)] != 0).all()
 
 
-@pytest.mark.parametrize("name", ["cppo", "dppo", "grpo", "trm_max", "trm_avg", "trm_max_avg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cppo", "dppo", "grpo", "trm_max", "trm_avg", "trm_max_avg"),
+        *("gspo", "gmpo", "aspo", "m2po", "mis", "icepop", "fipo"),
+    ],
+)
 def test_the_batch_exercises_the_mask(name, tokens):
-    gate = build(name)(tokens).gate[tokens.valid]
+    narrow = {"m2po": {"tau": 0.001}, "mis": {"high": 1.05}}.get(name, {})
+    gate = build(name, **narrow)(tokens).gate[tokens.valid]
     assert 0 < (gate == 0).sum() < len(gate)
 
 
@@ -82,6 +90,46 @@ def test_dppo_is_cppo_without_weights_and_budget(tokens):
     assert torch.equal(build("dppo")(tokens).gate, plain.gate)
 
 
+def test_the_importance_weight_is_any_of_four_over_any_mask(tokens):
+    """gate times weight: the loss is -gate k A with k the token's ratio, the response's product or mean, or 1."""
+    far = tokens._replace(rollout_log_prob=tokens.rollout_log_prob - torch.linspace(0, 1, 12))
+    x = far.log_ratio * far.valid
+    kinds = {
+        "token": x.exp(),
+        "sequence": x.sum(-1, keepdim=True).exp().expand_as(x),
+        "geometric": (x.sum(-1, keepdim=True) / far.valid.sum(-1, keepdim=True)).exp().expand_as(x),
+        "none": torch.ones_like(x),
+    }
+    for kind, k in kinds.items():
+        outcome = build("dppo", importance=kind, ratio_cap=1.5)(far)
+        capped = k if kind == "none" else k.clamp_max(1.5)
+        want = (-outcome.gate * capped * far.advantages)[far.valid]
+        torch.testing.assert_close(outcome.loss[far.valid].detach(), want, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gradient(far, outcome)[far.valid], want, rtol=1e-5, atol=1e-7)
+        if kind == "none":
+            assert outcome.clipped is None
+        else:
+            assert torch.equal(outcome.clipped, far.valid & (outcome.gate > 0) & (k > 1.5))
+            assert outcome.clipped.any()
+    with pytest.raises(InstantiationException, match="importance must be one of token, sequence, geometric, none"):
+        build("cppo", importance="squared")
+
+
+def test_a_scaled_quantile_and_a_reference_length(tokens):
+    scaled = build("cppo", delta_b=0.001, delta_b_quantile=0.9, delta_b_scale=0.5, delta_b_max_factor=1e9)(tokens)
+    plain = build("cppo", delta_b=0.001, delta_b_quantile=0.9, delta_b_max_factor=1e9)(tokens)
+    torch.testing.assert_close(scaled.delta_b, (0.5 * plain.delta_b).clamp_min(0.001))
+    lengths = tokens.valid.sum(-1)
+    outcome = build("cppo", length_reference=8)(tokens)
+    room = (8 * 7 / (lengths * (lengths - 1)).float()).sqrt()
+    torch.testing.assert_close(outcome.delta_b, 0.015 * room)
+    for row in range(16):  # each response as with thresholds of its own
+        one = Tokens(*[column[row : row + 1] for column in tokens])
+        own = build("cppo", delta=0.15 * room[row].item(), delta_b=0.015 * room[row].item())(one)
+        assert torch.equal(own.gate, outcome.gate[row : row + 1])
+    assert not torch.equal(outcome.gate, build("cppo")(tokens).gate)
+
+
 SWITCHES = {
     "no position weights": {"weights": "uniform"},
     "shuffled weights": {"weights": "shuffled"},
@@ -91,6 +139,7 @@ SWITCHES = {
     "w_min": {"w_min": 1.0},
     "delta": {"delta": 1e9},
     "horizon": {"horizon": 4},
+    "reference length": {"length_reference": 100},
 }
 
 
@@ -127,9 +176,10 @@ CLIPPED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"), [*((n, {}) for n in sorted(choices("method"))), ("cppo", {"soft_gate": True})]
-)
+MASKED = [name for name in sorted(choices("method")) if "importance" in configured(name)]
+
+
+@pytest.mark.parametrize(("name", "changes"), [*((n, {}) for n in (*CLIPPED, *MASKED)), ("cppo", {"soft_gate": True})])
 def test_the_loss_is_the_cores(name, changes, tokens):
     """Ratios up to e^4: beyond every clip and the cap of 20."""
     far = tokens._replace(rollout_log_prob=tokens.rollout_log_prob - torch.linspace(0, 4, 12))
@@ -137,7 +187,8 @@ def test_the_loss_is_the_cores(name, changes, tokens):
     if name in CLIPPED:
         want = CLIPPED[name](far)
     else:
-        want = core.ratio_loss(far.log_prob, far.rollout_log_prob, far.advantages, outcome.gate, ratio_cap=20.0)
+        cap = configured(name)["ratio_cap"]
+        want = core.ratio_loss(far.log_prob, far.rollout_log_prob, far.advantages, outcome.gate, ratio_cap=cap)
     assert torch.equal(outcome.loss[far.valid], want[far.valid])
 
 

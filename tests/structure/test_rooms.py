@@ -14,7 +14,8 @@ PACKAGE = Path(cppo_verl.__file__).parent
 ROOMS = (
     *("core", "methods", "problems", "grading", "run", "checkpoint", "data"),
     *("adapters", "adapters.cpu", "adapters.rollout", "adapters.actor", "adapters.driver"),
-    *("config", "dry_run", "quickstart", "smollm2", "evaluation", "training", "inspection", "bench", "doctor"),
+    *("config", "dry_run", "quickstart", "smollm2", "evaluation", "figures", "training", "inspection"),
+    *("bench", "doctor"),
     "cli",
 )
 # Outside adapters/ only the processes that are started for it touch verl, Ray and vLLM.

@@ -54,7 +54,7 @@ class TrustRegionLoss:
 
     def begin_update(self) -> None:
         """Forget the last step's statistics; a step is all minibatches between two weight updates of the servers."""
-        self.statistics = TokenStatistics()
+        self.statistics = TokenStatistics(self.measure.total_variation)
         self.minibatch = -1
         self._microbatch = 0
 

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from cppo_verl import core
 from cppo_verl.methods import Outcome, Tokens
 
 # Histogram of D_t: 50 logarithmic bins a decade from 1e-8 to 1e2; a percentile is exact to within one bin (4.7%).
@@ -22,7 +23,12 @@ _AGES = ("age_0", "age_1", "age_2", "age_3", "age_4_or_more")
 class TokenStatistics:
     """Accumulates over the micro-batches of a step; ``metrics`` divides sums by counts once at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, total_variation: bool = True) -> None:
+        """
+        Args:
+            total_variation: whether D_t is one; the bounds are left out of the metrics otherwise.
+        """
+        self._total_variation = total_variation
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._histogram: Tensor | None = None
@@ -47,6 +53,8 @@ class TokenStatistics:
         if age is not None:
             sums |= _age_sums(tokens, outcome, age)
         sums |= _response_sums(tokens, outcome)
+        if self._total_variation:
+            sums |= _bound_sums(tokens, outcome)
         sums |= {f"first_{name}": value * float(first_minibatch) for name, value in _mismatch_sums(tokens).items()}
         sums |= _mismatch_sums(tokens)
         zero = torch.zeros((), dtype=torch.float64, device=tokens.divergence.device)
@@ -62,7 +70,7 @@ class TokenStatistics:
 
     def reduced(self, group: torch.distributed.ProcessGroup | None) -> "TokenStatistics":
         """The sum over the data-parallel ranks (a collective: every rank of ``group`` must call it)."""
-        total = TokenStatistics()
+        total = TokenStatistics(self._total_variation)
         if self._sums is None or self._histogram is None:
             return total
         total._names, total._sums, total._histogram = self._names, self._sums.clone(), self._histogram.clone()
@@ -87,6 +95,8 @@ class TokenStatistics:
             "trust_region/towards_rollout": (s["towards_rollout"], s["tokens"]),
             "trust_region/gate": (s["gate"], s["tokens"]),
             "trust_region/delta_b": (s["delta_b"], s["delta_b_responses"]),
+            "trust_region/clipped": (s["clipped"], s["clipped_of"]),
+            "trust_region/inside_prefix": (s["inside_prefix"], s["inside_prefix_responses"]),
             "trust_region/loss": (s["loss"], s["tokens"]),
             "trust_region/absolute_loss": (s["absolute_loss"], s["tokens"]),
             "divergence/mean": (s["divergence"], s["tokens"]),
@@ -98,6 +108,9 @@ class TokenStatistics:
         }
         for quarter in range(1, 5):
             ratios[f"divergence/quarter_{quarter}"] = (s[f"divergence_{quarter}"], s[f"tokens_{quarter}"])
+        if self._total_variation:
+            ratios["bound/uniform"] = (s["bound_uniform"], s["responses"])
+            ratios["bound/cppo"] = (s["bound_cppo"], s["responses"])
         if "age" in s:
             ratios["staleness/mean"] = (s["age"], s["tokens"])
             for name in _AGES:
@@ -131,6 +144,9 @@ def _token_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:
         "masked_negative": masked & down,
     }
     sums = {name: flags.sum().double() for name, flags in counts.items()}
+    clipped = torch.zeros_like(valid) if outcome.clipped is None else outcome.clipped
+    sums["clipped"] = (valid & clipped).sum().double()
+    sums["clipped_of"] = sums["tokens"] * float(outcome.clipped is not None)
     loss = outcome.loss.detach()
     return sums | {"gate": _total(gate, valid), "loss": _total(loss, valid), "absolute_loss": _total(loss.abs(), valid)}
 
@@ -161,7 +177,21 @@ def _response_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:
     delta_b = torch.zeros(len(valid), device=valid.device) if outcome.delta_b is None else outcome.delta_b
     sums["delta_b"] = _total(delta_b, answered)
     sums["delta_b_responses"] = answered.sum().double() * float(outcome.delta_b is not None)
+    exceeded = torch.zeros_like(valid) if outcome.prefix_exceeded is None else outcome.prefix_exceeded
+    sums["inside_prefix"] = (answered & ~exceeded.any(-1)).sum().double()
+    sums["inside_prefix_responses"] = answered.sum().double() * float(outcome.prefix_exceeded is not None)
     return sums
+
+
+def _bound_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:
+    """Theorem 1's bound with each response's own constants, and that of a uniform threshold."""
+    weights = tokens.valid.float() if outcome.weights is None else outcome.weights
+    bounds = core.realised_bounds(tokens.divergence, weights, tokens.valid)
+    return {
+        "bound_uniform": bounds.uniform.sum(),
+        "bound_cppo": bounds.cppo.sum(),
+        "responses": tokens.valid.any(-1).sum().double(),
+    }
 
 
 def _mismatch_sums(tokens: Tokens) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-// The methods of cppo_verl/methods.py on one response, in the dtypes and the order of operations of core/masks.py and
+// The methods of cppo_verl/methods/ on one response, in the dtypes and the order of operations of core/masks.py and
 // core/weights.py: sums in float64 from the first token to the last, comparisons in float32 (Math.fround), inclusive.
 const f32 = Math.fround;
 const EPS = 2 ** -23; // of float32
@@ -34,7 +34,8 @@ function prefixBudget(row, settings) {
   if (!values.length) return floor;
   const place = (values.length - 1) * quantile, share = place - Math.floor(place);
   const below = values[Math.floor(place)], above = values[Math.ceil(place)];
-  const value = below === above || share === 0 ? below : f32(below + share * (above - below));
+  const between = below === above || share === 0 ? below : f32(below + share * (above - below));
+  const value = f32(f32(settings.delta_b_scale ?? 1) * between);
   return Math.min(Math.max(value, floor), f32(settings.delta_b_max_factor * settings.delta_b));
 }
 
@@ -119,7 +120,18 @@ function grpo(row, { eps_low, eps_high }) {
   return result;
 }
 
+// Of a method that the page cannot compute: what training made of each token.
+function trained(row) {
+  const result = untouched(row);
+  for (let t = 0; t < row.n; t++) {
+    if (!row.valid[t]) continue;
+    result.gate[t] = row.gate[t];
+    if (row.gate[t] < 1) result.cause[t] = row.tokenCause[t] ? BY_TOKEN : BY_PREFIX;
+  }
+  return result;
+}
+
 // By the last part of a method's _target_. CISPO and MinPRO mask nothing: what they clip is the weight of the loss.
-const METHODS = { Cppo: cppo, Dppo: dppo, Trm: trm, Grpo: grpo, Cispo: untouched, MinPro: untouched };
+const METHODS = { Cppo: cppo, Dppo: dppo, Trm: trm, Grpo: grpo, Cispo: untouched, MinPro: untouched, Trained: trained };
 
 const maskOf = (row, method) => METHODS[method.kind](row, method.settings);
