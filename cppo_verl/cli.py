@@ -146,6 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")
     calibrate.add_argument("--w-min", type=_between(0, 1), help="weight of the last token (default: the run's, or 0.8)")
     calibrate.add_argument("--json", dest="as_json", action="store_true", help="one JSON object")
+    overlap = add("overlap", "inspection.overlap:overlap", "what every method would mask of a run's dumped steps")
+    overlap.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")
+    overlap.add_argument("--step", type=_seed, metavar="N", help="only this step (default: every dumped one)")
+    overlap.add_argument("--json", dest="as_json", action="store_true", help="one JSON object")
     inspect = add("inspect", "inspection.command:inspect", "write a page to read dumped responses token by token")
     dumped = "run folder with dumped steps (run.dump_steps, run.inspect_every)"
     inspect.add_argument("run", type=Path, metavar="RUN", help=dumped)

@@ -21,11 +21,15 @@ def presets(config: DictConfig) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the run's configuration lacks what the defaults refer to.
     """
+    own, *others = map(_method, settings_of_all(config))
+    return [own, *(method for method in others if method["kind"] != "Trained")]
+
+
+def settings_of_all(config: DictConfig) -> list[dict[Any, Any]]:
+    """Settings of the run's own method, then of all others at their defaults with the run's thresholds."""
     own = OmegaConf.to_container(config.method, resolve=True)
     assert isinstance(own, dict)
-    others = [name for name in sorted(choices("method")) if name != own["name"]]
-    compared = [_method(_defaults(name, config)) for name in others]
-    return [_method(own), *(method for method in compared if method["kind"] != "Trained")]
+    return [own, *(_defaults(name, config) for name in sorted(choices("method")) if name != own["name"])]
 
 
 def _method(settings: dict[Any, Any]) -> dict[str, Any]:

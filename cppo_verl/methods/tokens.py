@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -67,6 +67,15 @@ class Outcome(NamedTuple):
     """bool: S_t > delta + delta_b W_{t-1}, whatever the direction of the update; where the method has such a limit."""
     clipped: Tensor | None = None
     """bool: the importance weight was cut to a bound and the token keeps its gradient; where the method cuts any."""
+
+
+class Rule(Protocol):
+    """A method: a dataclass of settings that can be called."""
+
+    @property
+    def needs_response_seeds(self) -> bool: ...
+
+    def __call__(self, tokens: Tokens) -> Outcome: ...
 
 
 def of_factor(tokens: Tokens, factor: core.Factor, token_cause: Tensor) -> Outcome:

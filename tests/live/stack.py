@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -68,6 +69,7 @@ def train_stages(folder: Path) -> None:
     """The training process."""
     import ray
     from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
 
     from cppo_verl.adapters.actor.loss import TrustRegionLoss
     from cppo_verl.adapters.driver.main import TaskRunner, train
@@ -87,7 +89,10 @@ def train_stages(folder: Path) -> None:
                 OmegaConf.update(trainer.config, key, node, merge=False, force_add=True)
             trainer.run = trainer.config.run
             actor = omega_conf_to_dataclass(trainer.config.actor_rollout_ref.actor)
-            trainer.actor_rollout_wg.set_loss_fn(TrustRegionLoss(actor))
+            # A stage that names a registered loss trains with verl's own loss function.
+            registered = actor.policy_loss.loss_mode != "vanilla"
+            loss = partial(ppo_loss, config=actor) if registered else TrustRegionLoss(actor)
+            trainer.actor_rollout_wg.set_loss_fn(loss)
             trainer._init_dump_executor()
             first = trainer.global_steps + 1
             trainer.total_training_steps = trainer.global_steps + stage.steps

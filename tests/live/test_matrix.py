@@ -13,6 +13,8 @@ pytestmark = [pytest.mark.live, pytest.mark.slow]
 FIRST = ["method.delta=0.075", "method.delta_b=0.065"]
 SMALL = ["method.delta=0.005", "method.delta_b=0.0005"]
 BINARY = ["method.delta=0.0005", "method.delta_b=0.00005"]
+REGISTERED = "verl's own loss, ours registered"
+AGENT_LOOPS = "cppo_verl.adapters.rollout.tool_loop"
 VARIANTS = {
     "cppo": FIRST,
     "dppo": ["method=dppo", "method.delta=0.005"],
@@ -56,6 +58,7 @@ VARIANTS = {
     "vespo": ["method=vespo"],
     "a sequence's weight under CPPO's mask": [*SMALL, "method.importance=geometric"],
     "a method of another package": ["method=running_max", "method.delta=0.005"],
+    REGISTERED: ["actor_rollout_ref.actor.policy_loss.loss_mode=cppo"],
     "token-mean": [*SMALL, "actor_rollout_ref.actor.loss_agg_mode=token-mean"],
 }
 UNMASKED = ("cispo", "minpro", "tis", "vespo")
@@ -67,7 +70,8 @@ def matrix(live_base, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
         patch.setenv("PYTHONPATH", str(site))  # of the stack and its workers, where pip would have installed it
-        return run_stages(live_base, [(name, overrides, 2) for name, overrides in VARIANTS.items()], timeout=1800)[1]
+        base = [*live_base, f"actor_rollout_ref.model.external_lib=[{AGENT_LOOPS},cppo_verl.policy_loss]"]
+        return run_stages(base, [(name, overrides, 2) for name, overrides in VARIANTS.items()], timeout=1800)[1]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -116,3 +120,17 @@ def test_calibrated_budget_varies_between_its_bounds(matrix):
 def test_groups_are_skipped_only_where_asked_for(matrix):
     assert "groups/zero_variance" in matrix["cppo"][0]
     assert "groups/zero_variance" not in matrix["mask_std_0 off"][0]
+
+
+def test_verls_own_loss_with_ours_registered(matrix):
+    """Its metrics come from our function; those of our own loss, which are not collected, are absent."""
+    for line in matrix[REGISTERED]:
+        assert 0 <= line["actor/trust_region/masked"] <= 1
+        assert "actor/pg_loss" in line
+        assert "trust_region/masked" not in line
+
+
+def test_only_what_cuts_a_weight_reports_how_often(matrix):
+    assert "trust_region/clipped" in matrix["cispo"][0]
+    assert "trust_region/clipped" in matrix["tis"][0]
+    assert "trust_region/clipped" not in matrix["grpo"][0]

@@ -15,7 +15,7 @@ ROOMS = (
     *("core", "methods", "problems", "grading", "run", "checkpoint", "data"),
     *("adapters", "adapters.cpu", "adapters.rollout", "adapters.actor", "adapters.driver"),
     *("config", "dry_run", "quickstart", "smollm2", "evaluation", "figures", "training", "inspection"),
-    *("bench", "doctor"),
+    *("policy_loss", "bench", "doctor"),
     "cli",
 )
 # Outside adapters/ only the processes that are started for it touch verl, Ray and vLLM.
