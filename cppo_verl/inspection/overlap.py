@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from rich.table import Table
 
@@ -53,16 +54,12 @@ def overlap(run: Path, step: int | None, as_json: bool) -> int:
         for name, settings in every.items()
         if not (settings.get("allow_tv") is False and kind == "tv") and not (name == "drpo" and kind == "kl")
     }
-    found = compare({name: [instantiate(settings)(tokens) for tokens in batches] for name, settings in chosen.items()},
-                    batches)  # fmt: skip
+    found = compare({name: _outcomes(settings, batches) for name, settings in chosen.items()}, batches)
     tokens = int(sum(batch.valid.sum() for batch in batches))
     if as_json:
         rows = {name: row._asdict() for name, row in found.items()}
-        say(
-            json.dumps(
-                {"run": str(run), "tokens": tokens, "divergence": config.divergence.name, "methods": rows}, indent=2
-            )
-        )
+        record = {"run": str(run), "tokens": tokens, "divergence": config.divergence.name, "methods": rows}
+        say(json.dumps(record, indent=2))
     else:
         say(f"{tokens:,} tokens, {config.divergence.name}; {config.method.name} as trained, others at their defaults")
         _show(found)
@@ -91,10 +88,18 @@ def compare(outcomes: dict[str, list[Outcome]], batches: list[Tokens]) -> dict[s
     return found
 
 
+def _outcomes(settings: dict[Any, Any], batches: list[Tokens]) -> list[Outcome]:
+    try:
+        method = instantiate(settings)
+    except InstantiationException as error:
+        reason = str(error.__cause__ or error).split("\n")[0]
+        raise ConfigError(f"method={settings['name']}: {reason}; config.yaml may be of an older version") from None
+    return [method(tokens) for tokens in batches]
+
+
 def _tokens(dump: dict[str, Any]) -> Tokens:
-    seeds = dump.get("response_seeds")
-    columns = (dump[name].float() for name in ("log_prob", "rollout_log_prob", "advantages"))
-    return Tokens(*columns, dump["response_mask"].bool(), dump["divergence"], seeds)
+    pi, mu, advantages = (dump[name].float() for name in ("log_prob", "rollout_log_prob", "advantages"))
+    return Tokens(pi, mu, advantages, dump["response_mask"].bool(), dump["divergence"], dump.get("response_seeds"))
 
 
 def _show(found: dict[str, Overlap]) -> None:
