@@ -25,8 +25,8 @@ class Factor(NamedTuple):
     """float32: factor on A_t grad log pi(y_t)."""
     gate: Tensor
     """float32: the part of it that the rule adds to a plain importance weight; 0 where the token is masked."""
-    clipped: Tensor
-    """bool: the weight was cut to a bound and the token keeps a gradient."""
+    clipped: Tensor | None = None
+    """bool: the weight was cut to a bound and the token keeps a gradient; None for a rule that cuts none."""
 
 
 def weighted_loss(log_prob: Tensor, advantages: Tensor, weight: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def drpo(log_ratio: Tensor, advantages: Tensor, divergence: Tensor, response_mas
     require_positive("delta", delta)
     away = torch.sign(advantages.float()) * torch.sign(x)
     gate = torch.where(valid, 1.0 - away * divergence.float().masked_fill(~valid, 0.0) / delta, 0.0)
-    return Factor(x.exp() * gate, gate, torch.zeros_like(valid))
+    return Factor(x.exp() * gate, gate)
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def sapo(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, *, tau_po
     tau = torch.where(advantages > 0, tau_pos, tau_neg)
     sigma = torch.sigmoid(tau * (x.exp() - 1.0))
     gate = torch.where(valid, 4.0 * sigma * (1.0 - sigma), 0.0)
-    return Factor(x.exp() * gate, gate, torch.zeros_like(valid))
+    return Factor(x.exp() * gate, gate)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def gspo(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, *, eps_lo
     valid, x = _prepared(log_ratio, response_mask, advantages=advantages)
     s = _mean(x, valid).exp().expand_as(x)
     keep = valid & ~_outside(s, advantages, 1.0 - eps_low, 1.0 + eps_high)
-    return Factor(s * keep, keep.float(), torch.zeros_like(valid))
+    return Factor(s * keep, keep.float())
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def gmpo(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, *, eps_lo
     cut = torch.where(advantages == 0, 0.0, cut)
     s = _mean(cut, valid).exp().expand_as(x)
     keep = valid & ~(((advantages > 0) & (x > eps_high)) | ((advantages < 0) & (x < -eps_low)))
-    return Factor(s * keep, keep.float(), torch.zeros_like(valid))
+    return Factor(s * keep, keep.float())
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def banded(
     valid, x = _prepared(log_ratio, response_mask)
     k = _ratio(x, valid, level)
     keep = valid & (k >= low) & (k <= high)
-    return Factor(torch.where(keep, k if weighted else torch.ones_like(k), 0.0), keep.float(), torch.zeros_like(valid))
+    return Factor(torch.where(keep, k if weighted else torch.ones_like(k), 0.0), keep.float())
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def vespo(
     k, lam = torch.where(up, k_pos, k_neg), torch.where(up, lambda_pos, lambda_neg)
     phi = (k * log_w + lam * (1.0 - log_w.exp())).exp().float()
     weight = torch.where(valid, phi, 0.0)
-    return Factor(weight, valid.float(), torch.zeros_like(valid))
+    return Factor(weight, valid.float())
 
 
 def _prepared(log_ratio: Tensor, response_mask: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:

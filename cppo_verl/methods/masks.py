@@ -41,7 +41,7 @@ class Masked:
             loss, cut = core.weighted_loss(tokens.log_prob, tokens.advantages, gate * tokens.valid), None
         else:
             factor = core.truncated(tokens.log_ratio, tokens.valid, level=self.importance, cap=cap)
-            cut = factor.clipped & (gate > 0)
+            cut = None if self.ratio_cap is None or factor.clipped is None else factor.clipped & (gate > 0)
             loss = (
                 core.ratio_loss(*columns, gate, ratio_cap=self.ratio_cap)
                 if self.importance == "token"

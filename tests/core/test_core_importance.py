@@ -98,7 +98,7 @@ def test_as_the_loop(name, seed):
         torch.testing.assert_close(
             found.weight[row][inside], torch.tensor(want, dtype=torch.float32), rtol=2e-5, atol=2e-6
         )
-    for values in found:
+    for values in filter(torch.is_tensor, found):
         assert not values[~mask].any()
     if name in ("gspo", "gmpo", "aspo", "fipo"):
         assert 0 < (found.gate[mask] == 0).sum() < mask.sum()
@@ -253,6 +253,8 @@ def test_rows_are_independent_and_padding_changes_nothing(name):
         name, *[torch.nn.functional.pad(values[5:6], (0, 40)) for values in (log_pi, log_mu, advantages, mask)]
     )
     for first, second in zip(whole, one, strict=True):
+        if first is None:
+            continue
         torch.testing.assert_close(first[5:6], second[:, :20])
         assert not second[:, 20:].any()
 

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -76,6 +75,14 @@ def train_stages(folder: Path) -> None:
 
     stages = OmegaConf.load(os.environ[STAGES]).stages
 
+    class VerlsLoss(TrustRegionLoss):
+        """verl's own loss function, with what our worker asks of a loss besides; it collects no statistics."""
+
+        needs_logits = False
+
+        def __call__(self, model_output=None, data=None, dp_group=None, **_):
+            return ppo_loss(self.config, model_output, data, dp_group)
+
     class StagedRunner(TaskRunner.__ray_metadata__.modified_class):
         """Runs every stage with the trainer's own fit(), between which the loss function is replaced."""
 
@@ -91,8 +98,7 @@ def train_stages(folder: Path) -> None:
             actor = omega_conf_to_dataclass(trainer.config.actor_rollout_ref.actor)
             # A stage that names a registered loss trains with verl's own loss function.
             registered = actor.policy_loss.loss_mode != "vanilla"
-            loss = partial(ppo_loss, config=actor) if registered else TrustRegionLoss(actor)
-            trainer.actor_rollout_wg.set_loss_fn(loss)
+            trainer.actor_rollout_wg.set_loss_fn((VerlsLoss if registered else TrustRegionLoss)(actor))
             trainer._init_dump_executor()
             first = trainer.global_steps + 1
             trainer.total_training_steps = trainer.global_steps + stage.steps
