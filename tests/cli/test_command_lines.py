@@ -448,7 +448,7 @@ WORDS = [
     ("train +trainer.x={a", "+trainer.x={a: "),
     ("train run.name='x", "run.name='x: "),
     ("train method=", "method=: there is no such method"),
-    ("train method=ppo", "method=ppo: there is no such method; choose one of cispo"),
+    ("train method=ppo", "method=ppo: there is no such method; choose one of aspo"),
     ("train method=[cppo,dppo]", "there is no such method"),
     ("train recipe=none", "recipe=none: there is no such recipe; choose one of paper"),
     ("train platform=tpu", "platform=tpu: there is no such platform; choose one of cpu, gpu"),

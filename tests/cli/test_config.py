@@ -158,7 +158,7 @@ def test_a_reward_file_is_found_from_the_workers(base, tmp_path, monkeypatch):
 
 
 REFUSED = [
-    (["method=ppo"], "method=ppo: there is no such method; choose one of cispo, cppo"),
+    (["method=ppo"], "method=ppo: there is no such method; choose one of aspo, cispo, cppo"),
     (["divergence.k=0"], "divergence.k=0: topk_tv needs a number of tokens, 1 or more"),
     (["divergence.k=many"], "divergence.k=many: topk_tv needs a number of tokens"),
     (["divergence.k=56"], "has only 55 tokens"),
