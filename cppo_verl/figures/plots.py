@@ -76,7 +76,7 @@ def _curves(
     for axis, (panel, chosen) in zip(axes.flat, shown, strict=False):
         curves.draw(axis, panel, chosen, colours)
         if name == "ablations":
-            axis.legend(fontsize="small")
+            axis.legend(fontsize="small", loc="lower right")
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_visible(False)
     if len(groups) > 1 and name != "ablations":

@@ -55,7 +55,7 @@ FLAG_HELP = {
 class Warmup(Supervised):
     """The supervised phase, short: a trained model is shown how to answer, and still errs."""
 
-    steps: int = 30
+    steps: int = 20
     batch_size: int = 12
     learning_rate: float = 1e-4
 

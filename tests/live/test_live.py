@@ -203,6 +203,11 @@ def test_reported_shares_are_those_of_the_dump(dumps, stages):
     )
     assert line["divergence/mean"] == pytest.approx(divergence[valid].mean().item(), rel=1e-6)
     assert line["divergence/p99"] == pytest.approx(divergence[valid].quantile(0.99).item(), rel=0.08)
+    bounds = [core.realised_bounds(batch["divergence"], batch["weights"], batch["response_mask"]) for batch in batches]
+    responses = sum(int(batch["response_mask"].any(-1).sum()) for batch in batches)
+    for name, column in (("bound/uniform", 0), ("bound/cppo", 1)):
+        total = sum(bound[column].sum().item() for bound in bounds)
+        assert line[name] == pytest.approx(total / responses, rel=1e-6)
 
 
 def test_skipped_groups_and_only_they_are_left_out(dumps, stages, live_assets):

@@ -102,7 +102,7 @@ _COUNTS = (
     *(f"grading/{name}" for name in OUTCOMES),
     *("groups/total", "groups/zero_variance", "rollout/missing_responses", "update/skipped_minibatches"),
 )
-_GOING_ON = ("trust_region/", "divergence/", "policy/", "staleness/", "rollout/log_prob")
+_GOING_ON = ("trust_region/", "bound/", "divergence/", "policy/", "staleness/", "rollout/log_prob")
 
 
 def of_a_step(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:

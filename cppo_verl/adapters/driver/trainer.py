@@ -63,7 +63,7 @@ from cppo_verl.run.log import RunLog, accuracies, read_metrics, validation_score
 Started = TypeVar("Started")
 
 # Families of metrics that our actor returns; verl prefixes everything an actor returns with "actor/".
-_OUR_FAMILIES = ("trust_region/", "divergence/", "rollout/", "policy/", "update/", "staleness/")
+_OUR_FAMILIES = ("trust_region/", "bound/", "divergence/", "rollout/", "policy/", "update/", "staleness/")
 
 
 class LoggedTracking:
