@@ -10,10 +10,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cppo_verl.adapters.columns import AGENT_LOOP, TOOL_LOOP
 from cppo_verl.config import model_folder
-from cppo_verl.methods import MEASURES
+from cppo_verl.methods import MEASURES, defined_on
 from cppo_verl.problems import Problem, about
 
 MODES = ("sync", "colocate_async", "separate_async")
+_DEFINED_ON = {
+    "kl": "a KL divergence; use divergence=topk_kl, or method.allow_tv=true to go on with its KL thresholds on a total "
+    "variation",
+    "tv": "a total variation; use divergence=binary_tv or topk_tv",
+}
 
 
 def check_method(config: DictConfig) -> Iterator[Problem]:
@@ -41,18 +46,9 @@ def check_method(config: DictConfig) -> Iterator[Problem]:
         yield about(f"method.{error.full_key}", f": {str(error).splitlines()[0]}")
     except ValueError as error:  # the method's own check
         yield Problem("method", str(error))
-    if config.method.get("allow_tv") is False and config.divergence.kind != "kl":
-        yield about(
-            "divergence",
-            f"={config.divergence.name}: {config.method.name} is defined on a KL divergence; "
-            "use divergence=topk_kl, or method.allow_tv=true to go on with its KL thresholds on a total variation",
-        )
-    if getattr(method, "needs_total_variation", False) and config.divergence.kind != "tv":
-        yield about(
-            "divergence",
-            f"={config.divergence.name}: {config.method.name} is defined on a total variation; "
-            "use divergence=binary_tv or topk_tv",
-        )
+    kind = defined_on(method, config.method)
+    if kind not in (None, config.divergence.kind):
+        yield about("divergence", f"={config.divergence.name}: {config.method.name} is defined on {_DEFINED_ON[kind]}")
 
 
 def check_divergence(config: DictConfig) -> Iterator[Problem]:

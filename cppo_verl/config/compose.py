@@ -44,8 +44,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose ``configs/train.yaml`` with command-line overrides. Raises ConfigError with Hydra's reason."""
     for override in overrides:
         _check_word(override)
-        if not _is_own_method(override):
-            _check_choice(override)
+        _check_choice(override)
     chosen = list(overrides)
     if not any(override.startswith("platform=") for override in overrides):
         recipes = [override.partition("=")[2] for override in overrides if override.startswith("recipe=")]
@@ -137,16 +136,14 @@ def _check_word(override: str) -> None:
 
 
 def _check_choice(override: str) -> None:
+    """That a group has the chosen file, or an installed package the method, which is then there for Hydra."""
     group, separator, value = override.partition("=")
-    if separator and group in GROUPS and value not in choices(group):
-        names = [*choices(group), *(own_methods.names() if group == "method" else ())]
-        raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(names)}")
-
-
-def _is_own_method(override: str) -> bool:
-    """Whether it chooses a method of an installed package, whose settings are then there for Hydra."""
-    group, _, value = override.partition("=")
-    return group == "method" and value not in choices("method") and own_methods.register(value)
+    if not separator or group not in GROUPS or value in choices(group):
+        return
+    if group == "method" and own_methods.register(value):
+        return
+    names = [*choices(group), *(own_methods.names() if group == "method" else ())]
+    raise ConfigError(f"{group}={value}: there is no such {group}; choose one of {', '.join(names)}")
 
 
 def verl_config_dir() -> Path:

@@ -21,10 +21,17 @@ from cppo_verl.core.importance import (
     sapo,
     truncated,
     vespo,
-    weighted_loss,
 )
 from cppo_verl.core.masks import TrustRegion, cppo_mask, dppo_mask, soft_gate, trm_mask
-from cppo_verl.core.surrogate import cispo_loss, clip_loss, lowest_before, minpro_loss, ratio_loss
+from cppo_verl.core.surrogate import (
+    cispo_loss,
+    clip_loss,
+    lowest_before,
+    minpro_loss,
+    ppo_clipped,
+    ratio_loss,
+    weighted_loss,
+)
 from cppo_verl.core.weights import position_weights, prefix_budget
 
 __all__ = [
@@ -49,6 +56,7 @@ __all__ = [
     "minpro_loss",
     "opsm_mask",
     "position_weights",
+    "ppo_clipped",
     "prefix_budget",
     "ratio_loss",
     "realised_bounds",

@@ -1,7 +1,7 @@
 """The factor on A_t grad log pi(y_t) of the methods beyond Table 1, float32 ``[B, T]`` without gradient, 0 on padding.
 
 Sources and where they differ: docs/methods. rho_t = pi / mu of the sampled token, its logarithm clamped to +-20; "the
-mean" and "the sum" of a response are over its valid tokens. :func:`weighted_loss` makes a loss of a factor.
+mean" and "the sum" of a response are over its valid tokens. ``weighted_loss`` makes a loss of a factor.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cppo_verl.core.checks import require_positive, require_same_shape
-from cppo_verl.core.surrogate import LOG_RATIO_BOUND
+from cppo_verl.core.surrogate import LOG_RATIO_BOUND, ppo_clipped
 
 LEVELS = ("token", "sequence", "geometric")
 # Columns of one matrix product in the discounted sums of FIPO.
@@ -27,15 +27,6 @@ class Factor(NamedTuple):
     """float32: the part of it that the rule adds to a plain importance weight; 0 where the token is masked."""
     clipped: Tensor | None = None
     """bool: the weight was cut to a bound and the token keeps a gradient; None for a rule that cuts none."""
-
-
-def weighted_loss(log_prob: Tensor, advantages: Tensor, weight: Tensor) -> Tensor:
-    """Per-token loss with value ``-weight A`` and gradient ``-weight A grad log pi``, ``[B, T]``."""
-    require_same_shape("log_prob", log_prob=log_prob, advantages=advantages, weight=weight)
-    used = weight.detach() != 0
-    log_prob = torch.where(used, log_prob, torch.zeros_like(log_prob)).float().clamp_min(torch.finfo(torch.float32).min)
-    factor = weight.detach().float() * torch.where(used, advantages.detach().float(), 0.0)
-    return -factor * (1.0 + (log_prob - log_prob.detach()))
 
 
 @torch.no_grad()
@@ -69,7 +60,7 @@ def gspo(log_ratio: Tensor, advantages: Tensor, response_mask: Tensor, *, eps_lo
     """GSPO (arXiv 2507.18071): s = exp(mean log rho) on every token, 0 where ``min(s A, clip(s) A)`` takes the clip."""
     valid, x = _prepared(log_ratio, response_mask, advantages=advantages)
     s = _mean(x, valid).exp().expand_as(x)
-    keep = valid & ~_outside(s, advantages, 1.0 - eps_low, 1.0 + eps_high)
+    keep = valid & ~ppo_clipped(s, advantages, 1.0 - eps_low, 1.0 + eps_high)
     return Factor(s * keep, keep.float())
 
 
@@ -161,7 +152,7 @@ def aspo(
     ``gate`` is 0 where rho > 1 + eps_high (A > 0) or rho < 1 - eps_low (A < 0); a token at a cap keeps its gradient.
     """
     valid, x = _prepared(log_ratio, response_mask, advantages=advantages)
-    keep = valid & ~_outside(x.exp(), advantages, 1.0 - eps_low, 1.0 + eps_high)
+    keep = valid & ~ppo_clipped(x.exp(), advantages, 1.0 - eps_low, 1.0 + eps_high)
     w = torch.where(advantages > 0, -x, x).exp()
     cap = torch.where(advantages > 0, cap_pos, cap_neg)
     return Factor(torch.minimum(w, cap) * keep, keep.float(), keep & (w > cap))
@@ -193,7 +184,7 @@ def fipo(
     f = future.exp().clamp(low, high)
     f = torch.where((advantages < 0) & (rho > safety), f.clamp(0.8, 1.0), f).float()
     beyond = valid & (advantages < 0) & (rho > dual_clip)
-    keep = valid & ~_outside(rho, advantages, 1.0 - eps_low, 1.0 + eps_high) & ~beyond
+    keep = valid & ~ppo_clipped(rho, advantages, 1.0 - eps_low, 1.0 + eps_high) & ~beyond
     keep &= beyond.sum(-1, keepdim=True) < 2
     cut = keep & ((f <= low) | (f >= high))
     return Factor(f * rho * keep, keep.float(), cut)
@@ -246,11 +237,6 @@ def _ratio(x: Tensor, valid: Tensor, level: str) -> Tensor:
     else:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     return log_k.exp().expand_as(x)
-
-
-def _outside(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Where the minimum of PPO's two terms is the clipped one, which has no gradient."""
-    return ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
 
 
 def _discounted_future(values: Tensor, valid: Tensor, gamma: float) -> Tensor:

@@ -31,15 +31,23 @@ def ratio_loss(
         "log_prob", log_prob=log_prob, rollout_log_prob=rollout_log_prob, advantages=advantages, gate=gate
     )
     used = gate.float() != 0
-    # -inf becomes the smallest number: -inf - -inf below would be NaN.
-    log_prob = torch.where(used, log_prob, torch.zeros_like(log_prob)).float().clamp_min(torch.finfo(torch.float32).min)
     with torch.no_grad():
-        rho = _log_ratio(log_prob, torch.where(used, rollout_log_prob, 0.0)).exp()
+        # -inf becomes the smallest number: -inf - -inf would be NaN.
+        current = torch.where(used, log_prob, 0.0).float().clamp_min(torch.finfo(torch.float32).min)
+        rho = _log_ratio(current, torch.where(used, rollout_log_prob, 0.0)).exp()
         if ratio_cap is not None:
             rho = rho.clamp_max(ratio_cap)
-        weight = gate.float() * rho * torch.where(used, advantages.float(), 0.0)
+    return weighted_loss(log_prob, advantages, gate.float() * rho)
+
+
+def weighted_loss(log_prob: Tensor, advantages: Tensor, weight: Tensor) -> Tensor:
+    """Value ``-weight A``, gradient ``-weight A grad log pi``, ``[B, T]``; a token with weight 0 has neither."""
+    require_same_shape("log_prob", log_prob=log_prob, advantages=advantages, weight=weight)
+    weight = weight.detach().float()
+    used = weight != 0
+    log_prob = torch.where(used, log_prob, torch.zeros_like(log_prob)).float().clamp_min(torch.finfo(torch.float32).min)
     # 1 + log pi - sg(log pi) has value 1 and gradient grad log pi.
-    return -weight * (1.0 + (log_prob - log_prob.detach()))
+    return -(weight * torch.where(used, advantages.detach().float(), 0.0)) * (1.0 + (log_prob - log_prob.detach()))
 
 
 def clip_loss(
@@ -50,6 +58,11 @@ def clip_loss(
     rho = _log_ratio(log_prob, rollout_log_prob).exp()
     advantages = advantages.detach().float()
     return -torch.minimum(rho * advantages, rho.clamp(1.0 - eps_low, 1.0 + eps_high) * advantages)
+
+
+def ppo_clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """bool: where the smaller of ``ratio A`` and ``clip(ratio, low, high) A`` is the clipped one, without gradient."""
+    return ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
 
 
 def cispo_loss(

@@ -40,6 +40,10 @@ class Panel:
             if groups == 1 or not self.of_several or name in self.of_several
         }
 
+    def has_numbers(self, groups: Sequence[Group]) -> bool:
+        """Whether any group has any of the values."""
+        return any(group.curve(value)[0] for value in self.shown(len(groups)).values() for group in groups)
+
 
 def metric(name: str, scale: float = 1.0) -> Value:
     """The number of that name, times ``scale``; None in a step without it."""
@@ -148,16 +152,14 @@ def _changed(run: Run, other: Run) -> str:
     return (named or changed or ["run"])[0]
 
 
-def draw(axis: "Axes", panel: Panel, groups: Sequence[Group], colours: dict[str, str]) -> bool:
-    """Draw the panel; groups have a colour, its own lines dashes (of a single group colours). False: no number."""
+def draw(axis: "Axes", panel: Panel, groups: Sequence[Group], colours: dict[str, str]) -> None:
+    """Draw the panel; groups have a colour, its own lines dashes (of a single group colours)."""
     values, alone = panel.shown(len(groups)), len(groups) == 1
-    drawn = False
     for group in groups:
         for place, (name, value) in enumerate(values.items()):
             steps, numbers = group.curve(value)
             if not steps:
                 continue
-            drawn = True
             colour = COLOURS[place % len(COLOURS)] if alone and len(values) > 1 else colours[group.label]
             means = [float(np.mean(row)) for row in numbers]
             label = _text(name if alone else group.name if place == 0 else "")
@@ -167,12 +169,11 @@ def draw(axis: "Axes", panel: Panel, groups: Sequence[Group], colours: dict[str,
                 lowest, highest = [min(row) for row in numbers], [max(row) for row in numbers]
                 axis.fill_between(steps, lowest, highest, color=colour, alpha=0.15, linewidth=0)
     axis.set(title=_text(panel.title), xlabel="step", ylabel=panel.unit)
-    if panel.log and drawn:
+    if panel.log:
         axis.set_yscale("log")
     axis.grid(alpha=0.3)
-    if drawn and len(values) > 1:
+    if len(values) > 1:
         _explain(axis, list(values), alone)
-    return drawn
 
 
 def _text(name: str) -> str:

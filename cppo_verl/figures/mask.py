@@ -17,6 +17,8 @@ def draw(figure: "Figure", run: Run) -> bool:
     dumps = dumps_of(run.folder) if of_cppo else []
     if not dumps or method.delta_b is None or method.weights == "shuffled" or method.soft_gate:
         return False
+    if method.get("length_reference") is not None:
+        return False
     dump, row = _most_masked([load(file) for file in dumps], method.delta)
     one = {name: dump[name][row : row + 1] for name in ("log_prob", "rollout_log_prob", "advantages", "divergence")}
     mask = dump["response_mask"][row : row + 1]

@@ -65,8 +65,7 @@ def _curves(
 ) -> Iterator[tuple[str, "Figure"]]:
     """A grid of panels; those without a number are left out."""
     colours = _colours(groups)
-    scratch = _figure(1, 1).subplots()
-    shown = [(panel, chosen) for panel, chosen in panels if curves.draw(scratch, panel, chosen, colours)]
+    shown = [(panel, chosen) for panel, chosen in panels if panel.has_numbers(chosen)]
     if not shown:
         return
     columns = math.ceil(len(shown) / 2) if len(shown) > 2 else len(shown)

@@ -65,7 +65,8 @@ def by_position(runs: Sequence[Run]) -> ByPosition | None:
 def _threshold(run: Run, dump: dict[str, Any]) -> torch.Tensor:
     """delta / w_t, NaN where the method compares no D with a threshold that |pi - mu| could be held against."""
     valid, delta = dump["response_mask"].bool(), run.config.method.get("delta")
-    if delta is None or not MEASURES[run.config.divergence.name].total_variation:
+    scaled = run.config.method.get("length_reference") is not None  # each response has a delta of its own
+    if delta is None or scaled or not MEASURES[run.config.divergence.name].total_variation:
         return torch.full(valid.shape, torch.nan)
     weights = dump.get("weights")
     return torch.full(valid.shape, float(delta)) if weights is None else float(delta) / weights

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from rich.table import Table
 
 from cppo_verl.inspection.presets import settings_of_all
-from cppo_verl.methods import MEASURES, Outcome, Tokens
+from cppo_verl.methods import Outcome, Tokens, defined_on
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.dumps import dumps_of, load
 from cppo_verl.run.folder import read_config
@@ -46,13 +46,11 @@ def overlap(run: Path, step: int | None, as_json: bool) -> int:
     batches = [_tokens(load(file)) for file in files]
     if not any(bool(tokens.valid.any()) for tokens in batches):
         raise ConfigError("the dumped steps have no token in the loss: all groups were skipped")
-    every = {settings["name"]: settings for settings in settings_of_all(config)}
-    kind = "tv" if MEASURES[config.divergence.name].total_variation else "kl"
-    # TRM's thresholds are nats and DRPO's a probability: over the other kind they say nothing.
+    kinds = (None, config.divergence.kind)  # thresholds of the other kind say nothing
     chosen = {
-        name: settings
-        for name, settings in every.items()
-        if not (settings.get("allow_tv") is False and kind == "tv") and not (name == "drpo" and kind == "kl")
+        settings["name"]: settings
+        for settings in settings_of_all(config)
+        if defined_on(get_class(settings["_target_"]), settings) in kinds
     }
     found = compare({name: _outcomes(settings, batches) for name, settings in chosen.items()}, batches)
     tokens = int(sum(batch.valid.sum() for batch in batches))

@@ -8,7 +8,7 @@ from cppo_verl.methods.clipping import Aspo, Cispo, Fipo, Grpo, MinPro, Opsm
 from cppo_verl.methods.masks import Banded, Cppo, Dppo, ImportanceSampling, M2po, Trm
 from cppo_verl.methods.sequence import Gmpo, Gspo, Vespo
 from cppo_verl.methods.smooth import Drpo, Sapo
-from cppo_verl.methods.tokens import MEASURES, Measure, Outcome, Tokens
+from cppo_verl.methods.tokens import MEASURES, Measure, Outcome, Tokens, defined_on
 
 __all__ = [
     "MEASURES",
@@ -32,4 +32,5 @@ __all__ = [
     "Tokens",
     "Trm",
     "Vespo",
+    "defined_on",
 ]

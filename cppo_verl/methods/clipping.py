@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from cppo_verl import core
-from cppo_verl.methods.tokens import Outcome, Tokens, check, check_positive, of_factor
+from cppo_verl.methods.tokens import FactorRule, Outcome, Tokens, check, check_positive
 
 
 @dataclass(frozen=True)
-class _RatioClipping:
+class RatioClipping:
     """Settings of the methods that clip the importance ratio to [1 - eps_low, 1 + eps_high]."""
 
     name: str
@@ -23,7 +23,7 @@ class _RatioClipping:
         check(self.eps_high >= 0, "eps_high", self.eps_high, ">= 0")
 
 
-class Grpo(_RatioClipping):
+class Grpo(RatioClipping):
     """GRPO with clip-higher. A clipped token has gradient 0 and counts as masked by a token threshold."""
 
     def __call__(self, tokens: Tokens) -> Outcome:
@@ -35,13 +35,11 @@ class Grpo(_RatioClipping):
             eps_high=self.eps_high,
         )
         rho = tokens.log_ratio.exp()
-        up = (tokens.advantages > 0) & (rho > 1.0 + self.eps_high)
-        down = (tokens.advantages < 0) & (rho < 1.0 - self.eps_low)
-        clipped = up | down
+        clipped = core.ppo_clipped(rho, tokens.advantages, 1.0 - self.eps_low, 1.0 + self.eps_high)
         return Outcome(loss, (~clipped).float(), clipped)
 
 
-class Cispo(_RatioClipping):
+class Cispo(RatioClipping):
     """CISPO: every token keeps a gradient; its weight is clipped."""
 
     def __call__(self, tokens: Tokens) -> Outcome:
@@ -56,7 +54,7 @@ class Cispo(_RatioClipping):
         return _unmasked(tokens, loss, (rho < 1.0 - self.eps_low) | (rho > 1.0 + self.eps_high))
 
 
-class MinPro(_RatioClipping):
+class MinPro(RatioClipping):
     """MinPRO: every token keeps a gradient, weighted by rho_t times the smallest ratio before it, clipped."""
 
     def __call__(self, tokens: Tokens) -> Outcome:
@@ -73,32 +71,21 @@ class MinPro(_RatioClipping):
 
 
 @dataclass(frozen=True)
-class Aspo(_RatioClipping):
+class Aspo(FactorRule, RatioClipping):
     """ASPO: the ratio of tokens with a positive advantage is flipped, 1 / rho; weights are capped."""
 
     cap_pos: float
     cap_neg: float
+    factor = staticmethod(core.aspo)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.cap_pos >= 1, "cap_pos", self.cap_pos, ">= 1")
         check(self.cap_neg >= 1, "cap_neg", self.cap_neg, ">= 1")
 
-    def __call__(self, tokens: Tokens) -> Outcome:
-        factor = core.aspo(
-            tokens.log_ratio,
-            tokens.advantages,
-            tokens.valid,
-            eps_low=self.eps_low,
-            eps_high=self.eps_high,
-            cap_pos=self.cap_pos,
-            cap_neg=self.cap_neg,
-        )
-        return of_factor(tokens, factor, token_cause=factor.gate == 0)
-
 
 @dataclass(frozen=True)
-class Opsm(_RatioClipping):
+class Opsm(RatioClipping):
     """GRPO without the responses whose advantage is negative and whose mean log mu - log pi exceeds delta."""
 
     delta: float
@@ -114,7 +101,7 @@ class Opsm(_RatioClipping):
 
 
 @dataclass(frozen=True)
-class Fipo(_RatioClipping):
+class Fipo(FactorRule, RatioClipping):
     """FIPO: PPO with dual clip, advantages times the exponential of discounted future log ratios."""
 
     half_life: float
@@ -122,6 +109,7 @@ class Fipo(_RatioClipping):
     high: float
     safety: float
     dual_clip: float
+    factor = staticmethod(core.fipo)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,21 +118,6 @@ class Fipo(_RatioClipping):
         check(self.high >= 1, "high", self.high, ">= 1")
         check(self.safety >= 1, "safety", self.safety, ">= 1")
         check(self.dual_clip > 1, "dual_clip", self.dual_clip, "> 1")
-
-    def __call__(self, tokens: Tokens) -> Outcome:
-        factor = core.fipo(
-            tokens.log_ratio,
-            tokens.advantages,
-            tokens.valid,
-            eps_low=self.eps_low,
-            eps_high=self.eps_high,
-            half_life=self.half_life,
-            low=self.low,
-            high=self.high,
-            safety=self.safety,
-            dual_clip=self.dual_clip,
-        )
-        return of_factor(tokens, factor, token_cause=factor.gate == 0)
 
 
 def _unmasked(tokens: Tokens, loss: Tensor, cut: Tensor) -> Outcome:

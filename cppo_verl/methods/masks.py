@@ -237,5 +237,4 @@ class Banded:
         factor = core.banded(
             tokens.log_ratio, tokens.valid, level=self.level, low=self.low, high=self.high, weighted=self.weighted
         )
-        by_token = tokens.valid if self.level == "token" else torch.zeros_like(tokens.valid)
-        return of_factor(tokens, factor, token_cause=by_token & (factor.gate == 0))
+        return of_factor(tokens, factor, by_token=self.level == "token")

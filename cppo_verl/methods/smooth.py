@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cppo_verl import core
-from cppo_verl.methods.tokens import Outcome, Tokens, check_positive, of_factor
+from cppo_verl.methods.tokens import FactorRule, Outcome, Tokens, check_positive, of_factor
 
 
 @dataclass(frozen=True)
@@ -20,24 +20,19 @@ class Drpo:
 
     def __call__(self, tokens: Tokens) -> Outcome:
         factor = core.drpo(tokens.log_ratio, tokens.advantages, tokens.divergence, tokens.valid, delta=self.delta)
-        return of_factor(tokens, factor, token_cause=factor.gate < 1)
+        return of_factor(tokens, factor, by_token=True)
 
 
 @dataclass(frozen=True)
-class Sapo:
+class Sapo(FactorRule):
     """SAPO: rho_t sech^2(tau (rho_t - 1) / 2), tau by the sign of the advantage."""
 
     name: str
     tau_pos: float
     tau_neg: float
     needs_response_seeds = False
+    factor = staticmethod(core.sapo)
 
     def __post_init__(self) -> None:
         check_positive("tau_pos", self.tau_pos)
         check_positive("tau_neg", self.tau_neg)
-
-    def __call__(self, tokens: Tokens) -> Outcome:
-        factor = core.sapo(
-            tokens.log_ratio, tokens.advantages, tokens.valid, tau_pos=self.tau_pos, tau_neg=self.tau_neg
-        )
-        return of_factor(tokens, factor, token_cause=factor.gate < 1)

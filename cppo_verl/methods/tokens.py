@@ -1,9 +1,10 @@
 """What a method is given, and what it gives back; the divergences D_t by name."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from cppo_verl import core
@@ -78,10 +79,24 @@ class Rule(Protocol):
     def __call__(self, tokens: Tokens) -> Outcome: ...
 
 
-def of_factor(tokens: Tokens, factor: core.Factor, token_cause: Tensor) -> Outcome:
-    """The outcome of a rule that is a factor on A_t grad log pi."""
+class FactorRule:
+    """A method that is a factor on A_t grad log pi: a function of the core, its settings the fields."""
+
+    factor: Callable[..., core.Factor]
+    # Whether a threshold on the token itself lowers its gate; otherwise its response does.
+    by_token = True
+
+    def __call__(self, tokens: Tokens) -> Outcome:
+        settings = {name: value for name, value in vars(self).items() if name != "name"}
+        factor = type(self).factor(tokens.log_ratio, tokens.advantages, tokens.valid, **settings)
+        return of_factor(tokens, factor, self.by_token)
+
+
+def of_factor(tokens: Tokens, factor: core.Factor, by_token: bool) -> Outcome:
+    """The outcome of such a rule."""
     loss = core.weighted_loss(tokens.log_prob, tokens.advantages, factor.weight)
-    return Outcome(loss, factor.gate, token_cause, clipped=factor.clipped)
+    cause = tokens.valid & (factor.gate < 1) if by_token else torch.zeros_like(tokens.valid)
+    return Outcome(loss, factor.gate, cause, clipped=factor.clipped)
 
 
 def check(condition: bool, name: str, value: object, wanted: str) -> None:
@@ -92,3 +107,15 @@ def check(condition: bool, name: str, value: object, wanted: str) -> None:
 
 def check_positive(name: str, value: float) -> None:
     check(value > 0 and not math.isnan(value), name, value, "> 0")
+
+
+def defined_on(method: object, settings: Mapping[str, Any]) -> str | None:
+    """The only kind of divergence ("kl" or "tv") that the method goes with; None: any.
+
+    Args:
+        method: its class.
+        settings: its fields by name.
+    """
+    if settings.get("allow_tv") is False:
+        return "kl"
+    return "tv" if getattr(method, "needs_total_variation", False) else None
