@@ -66,29 +66,6 @@ def batch_of(rows, seeds):
     return batch
 
 
-def build_worker(config):
-    from verl.utils.config import omega_conf_to_dataclass
-    from verl.workers.engine_workers import TrainingWorkerConfig
-
-    from cppo_verl.adapters.actor.loss import TrustRegionLoss
-    from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
-
-    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-    model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
-    worker = TrustRegionTrainingWorker(
-        TrainingWorkerConfig(
-            model_type="language_model",
-            model_config=model,
-            engine_config=actor.engine,
-            optimizer_config=actor.optim,
-            checkpoint_config=actor.checkpoint,
-        )
-    )
-    worker.reset()
-    worker.set_loss_fn(TrustRegionLoss(actor))
-    return worker
-
-
 def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False, all_rows=False, temperature=1.0):
     from verl.utils import tensordict_utils as tu
 
@@ -111,8 +88,10 @@ def update(worker, batch, micro_batch_size, dump_dir="", dynamic=False, all_rows
 
 def updates(folder, rank, world):
     """Every size of micro-batch, each from the same weights."""
+    from cppo_verl.adapters.actor.alone import actor_of
+
     config = OmegaConf.load(folder / "config.yaml")
-    worker = build_worker(config)
+    worker = actor_of(config)
     rows = fixed_rows(config.actor_rollout_ref.model.path, config.divergence.k or 20)
     torch.save(rows, folder / "truth")
     share = slice(rank, None, world)

@@ -154,11 +154,12 @@ def measure(config, responses, longest, world, saved=None):
 
     ``saved``: a folder for verl's checkpoint, whose size is then measured too.
     """
-    import engine
     from verl.utils import tensordict_utils as tu
 
+    from cppo_verl.adapters.actor.alone import actor_of
+
     actor = config.actor_rollout_ref.actor
-    worker = engine.build_worker(config)
+    worker = actor_of(config)
     batch = batch_of(responses, longest, config.divergence.k)
 
     def update():

@@ -1,7 +1,5 @@
 """One minibatch in verl's FSDP2 engine, without Ray, with our loss and with verl's; the statistics of a validation."""
 
-import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,11 +9,10 @@ from tensordict import TensorDict
 from verl.trainer.ppo import metric_utils
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 
-from cppo_verl.adapters.actor.loss import TrustRegionLoss
-from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
+from cppo_verl.adapters.actor.alone import actor_of, join_process_group, settings_of
 from cppo_verl.adapters.columns import TRAIN_ALL_ROWS
 from cppo_verl.adapters.driver import resampling
 from cppo_verl.bench.cells import Cell
@@ -74,28 +71,15 @@ def _without_signal(batch: TensorDict, share: float) -> TensorDict:
 
 def _workers(cell: Cell) -> dict[str, TrainingWorker]:
     """verl's engine with our loss, and with verl's; each has a model of its own."""
-    _join_process_group()
+    join_process_group()
     model_folder = random_model(cell["shape"]) if "shape" in cell else tiny_model(cell["vocabulary"])
     overrides = ["recipe=quickstart", "run.name=bench", "actor_rollout_ref.actor.optim.lr=0.0"]
     overrides += [f"actor_rollout_ref.model.path={model_folder}", *(_GPU if has_gpu() else ["platform=cpu"])]
     config = compose(overrides)
-    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-    model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
-    settings = TrainingWorkerConfig(
-        model_type="language_model",
-        model_config=model,
-        engine_config=actor.engine,
-        optimizer_config=actor.optim,
-        checkpoint_config=actor.checkpoint,
-    )
-    workers: dict[str, TrainingWorker] = {}
-    losses = {"ours": TrustRegionLoss(actor), "stock": partial(ppo_loss, config=actor)}
-    for name, worker_class in (("ours", TrustRegionTrainingWorker), ("stock", TrainingWorker)):
-        worker = worker_class(settings)
-        worker.reset()
-        worker.set_loss_fn(losses[name])
-        workers[name] = worker
-    return workers
+    stock = TrainingWorker(settings_of(config))
+    stock.reset()
+    stock.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(config.actor_rollout_ref.actor)))
+    return {"ours": actor_of(config), "stock": stock}
 
 
 def _set_sizes(batch: TensorDict, micro_batch_size: int) -> None:
@@ -160,12 +144,3 @@ def _minibatch(cell: Cell) -> TensorDict:
             columns.setdefault(name, []).append(value)
     nested = {name: torch.nested.as_nested_tensor(rows, layout=torch.jagged) for name, rows in columns.items()}
     return TensorDict(nested, batch_size=rows)
-
-
-def _join_process_group() -> None:
-    """verl's engine wants a process group, be it of one; its address comes from the environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

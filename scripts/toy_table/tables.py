@@ -1,0 +1,118 @@
+"""What the cells of a folder came to: a line a cell for keeping, and a table a column with differences by seed."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rows import ROWS
+from scipy import stats
+
+from cppo_verl.run.files import write_atomically, write_lines
+from cppo_verl.run.folder import CONFIG, read_attempts, read_config
+from cppo_verl.run.log import read_metrics, validation_score
+from cppo_verl.run.terminal import say
+
+RECORDS, TABLE = "toy_table.jsonl", "toy_table.md"
+REFERENCE = "cppo"
+Record = Mapping[str, Any]
+
+
+def records(root: Path) -> list[Record]:
+    """One a finished cell, in the order of :data:`ROWS`."""
+    order = [name for group in ROWS.values() for name in group]
+    runs = [file.parent for file in root.glob(f"lr*/*/{CONFIG}") if not file.parent.name.startswith(".")]
+    found = [record for run in runs if (record := _record(run))]
+    return sorted(found, key=lambda record: (record["column"], order.index(record["row"]), record["seed"]))
+
+
+def _record(run: Path) -> Record | None:
+    row, _, seed = run.name.rpartition("-seed")
+    steps = read_metrics(run)
+    scores = {step: score for step, line in steps.items() if (score := validation_score(line)) is not None}
+    if max(scores, default=0) < read_config(run).trainer.total_training_steps:
+        return None
+    masked = [line["trust_region/masked"] for line in steps.values() if "trust_region/masked" in line]
+    by_prefix = [line["trust_region/masked_by_prefix"] for line in steps.values() if "trust_region/masked" in line]
+    seconds = [line["timing_s/step"] for line in steps.values() if "timing_s/step" in line]
+    attempt = read_attempts(run)[-1]
+    return {
+        "column": run.parent.name,
+        "row": row,
+        "seed": int(seed),
+        "accuracy": scores,
+        "masked": float(np.mean(masked)) if masked else None,
+        "masked_by_prefix": float(np.mean(by_prefix)) if by_prefix else None,
+        "seconds_a_step": float(np.median(seconds)),
+        "commit": attempt["commit"],
+        "ended": attempt["started"],
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of values of several seeds and half of its 95% t-interval, NaN for one seed."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(half)
+
+
+def tables(found: Sequence[Record]) -> Iterator[str]:
+    """Markdown, one table a column."""
+    for column in dict.fromkeys(record["column"] for record in found):
+        here = [record for record in found if record["column"] == column]
+        steps = _quarters(here)
+        headings = ["row", "seeds", *(f"step {step}" for step in steps), "best", "last", "last / best",
+                    f"last - {REFERENCE}, same seeds", "masked", "by prefix"]  # fmt: skip
+        lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+        for row in dict.fromkeys(record["row"] for record in here):
+            lines.append(_line(row, here, steps))
+        yield f"### {column}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _quarters(found: Sequence[Record]) -> list[int]:
+    """The start and the quarters of the training, as far as all cells were validated there."""
+    shared = set.intersection(*(set(record["accuracy"]) for record in found))
+    last = max(shared)
+    return [step for step in (0, last // 4, last // 2, 3 * last // 4) if step in shared]
+
+
+def _line(row: str, column: Sequence[Record], steps: Sequence[int]) -> list[str]:
+    own = {record["seed"]: record["accuracy"] for record in column if record["row"] == row}
+    others = {record["seed"]: record["accuracy"] for record in column if record["row"] == REFERENCE}
+    last = {seed: scores[max(scores)] for seed, scores in own.items()}
+    best = [max(scores.values()) for scores in own.values()]
+    differences = [last[seed] - others[seed][max(others[seed])] for seed in last if seed in others]
+    masked = [record for record in column if record["row"] == row and record["masked"] is not None]
+    return [
+        row,
+        str(len(own)),
+        *(_percent(np.mean([scores[step] for scores in own.values()])) for step in steps),
+        _percent(np.mean(best)),
+        _with_half(*interval(list(last.values()))),
+        f"{np.mean([last[seed] / max(own[seed].values()) for seed in own]):.2f}",
+        _with_half(*interval(differences), sign=True) if differences and row != REFERENCE else "",
+        f"{np.mean([record['masked'] for record in masked]):.2%}" if masked else "",
+        f"{np.mean([record['masked_by_prefix'] for record in masked]):.2%}" if masked else "",
+    ]
+
+
+def _percent(value: float | np.floating[Any]) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _with_half(mean: float, half: float, sign: bool = False) -> str:
+    number = f"{100 * mean:+.1f}" if sign else _percent(mean)
+    return number if math.isnan(half) else f"{number} ± {100 * half:.1f}"
+
+
+def report(root: Path) -> None:
+    """Write the records and the tables of ``root`` and print the latter."""
+    found = records(root)
+    if not found:
+        return
+    write_lines(root / RECORDS, found)
+    text = "\n\n".join(
+        [*tables(found), "Accuracy on held-out problems in percent, means over seeds; ± 95% over seeds."]
+    )
+    write_atomically(root / TABLE, f"{text}\n")
+    say(text)
