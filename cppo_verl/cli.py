@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     overlap = add("overlap", "inspection.overlap:overlap", "what every method would mask of a run's dumped steps")
     overlap.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")
     overlap.add_argument("--step", type=_seed, metavar="N", help="only this step (default: every dumped one)")
+    overlap.add_argument("--where", metavar="METHOD", help="where tokens lie that one of cppo and METHOD masks")
     overlap.add_argument("--json", dest="as_json", action="store_true", help="one JSON object")
     inspect = add("inspect", "inspection.command:inspect", "write a page to read dumped responses token by token")
     dumped = "run folder with dumped steps (run.dump_steps, run.inspect_every)"

@@ -32,7 +32,7 @@ from cppo_verl.core.surrogate import (
     ratio_loss,
     weighted_loss,
 )
-from cppo_verl.core.weights import position_weights, prefix_budget
+from cppo_verl.core.weights import position_weights, prefix_budget, quarters
 
 __all__ = [
     "Bounds",
@@ -58,6 +58,7 @@ __all__ = [
     "position_weights",
     "ppo_clipped",
     "prefix_budget",
+    "quarters",
     "ratio_loss",
     "realised_bounds",
     "sapo",

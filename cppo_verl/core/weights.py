@@ -86,6 +86,15 @@ def prefix_budget(
     return torch.where(response_mask.bool().any(-1), (scale * value).clamp(delta_b, max_factor * delta_b), fixed)
 
 
+def quarters(valid: Tensor) -> Tensor:
+    """In which quarter of its response's own length each token lies, int64 ``[B, T]``: 0 to 3 on valid tokens.
+
+    Args:
+        valid: bool ``[B, T]``.
+    """
+    return (valid.cumsum(-1) - 1) * 4 // valid.sum(-1, keepdim=True).clamp_min(1)
+
+
 def _check_budget(delta_b: float, quantile: float | None, max_factor: float) -> None:
     if not delta_b >= 0:
         raise ValueError(f"delta_b must be >= 0, got {delta_b}")

@@ -1,6 +1,7 @@
 """``cppo overlap``: what every method would mask of a run's dumped steps, and how far that is what CPPO would mask."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from rich.table import Table
 
+from cppo_verl import core
 from cppo_verl.inspection.presets import settings_of_all
 from cppo_verl.methods import Outcome, Tokens, defined_on
 from cppo_verl.problems import ConfigError
@@ -31,11 +33,24 @@ class Overlap(NamedTuple):
     """Of the tokens that this method masks those that CPPO masks too; None where it masks none."""
 
 
-def overlap(run: Path, step: int | None, as_json: bool) -> int:
-    """Print a line a method; returns the exit status.
+class Place(NamedTuple):
+    """Of the tokens of some place: their number, and shares of them."""
+
+    tokens: int
+    both: float
+    """Masked by CPPO and by the other method."""
+    cppo_alone: float
+    other_alone: float
+    divergence: float | None
+    """Mean D_t of those that CPPO alone masks."""
+    divergence_of_both: float | None
+
+
+def overlap(run: Path, step: int | None, as_json: bool, where: str | None = None) -> int:
+    """Print a line a method, or with ``where`` (a method) a line a place; returns the exit status.
 
     Raises:
-        ConfigError: it is no run, or has no such dumped step.
+        ConfigError: it is no run, or has no such dumped step; ``where`` is none of the methods.
     """
     config, files = read_config(run), dumps_of(run)
     if step is not None:
@@ -52,15 +67,19 @@ def overlap(run: Path, step: int | None, as_json: bool) -> int:
         for settings in settings_of_all(config)
         if defined_on(get_class(settings["_target_"]), settings) in kinds
     }
-    found = compare({name: _outcomes(settings, batches) for name, settings in chosen.items()}, batches)
+    if where is not None and where not in chosen:
+        raise ConfigError(f"--where {where}: choose one of {', '.join(chosen)}")
+    asked = chosen if where is None else ("cppo", where)
+    outcomes = {name: _outcomes(chosen[name], batches) for name in asked}
+    found: Mapping[str, NamedTuple] = compare(outcomes, batches) if where is None else places(outcomes, where, batches)
     tokens = int(sum(batch.valid.sum() for batch in batches))
     if as_json:
         rows = {name: row._asdict() for name, row in found.items()}
-        record = {"run": str(run), "tokens": tokens, "divergence": config.divergence.name, "methods": rows}
-        say(json.dumps(record, indent=2))
+        record = {"run": str(run), "tokens": tokens, "divergence": config.divergence.name}
+        say(json.dumps(record | {"methods" if where is None else "places": rows}, indent=2))
     else:
         say(f"{tokens:,} tokens, {config.divergence.name}; {config.method.name} as trained, others at their defaults")
-        _show(found)
+        _show(found, *(_METHODS if where is None else _places_of(where)))
     return 0
 
 
@@ -86,6 +105,34 @@ def compare(outcomes: dict[str, list[Outcome]], batches: list[Tokens]) -> dict[s
     return found
 
 
+def places(outcomes: Mapping[str, list[Outcome]], other: str, batches: list[Tokens]) -> dict[str, Place]:
+    """Where "cppo" and another method differ: by quarter of the response, by sign of the advantage, in all."""
+    cppo, masked = ([outcome.gate <= 0 for outcome in outcomes[name]] for name in ("cppo", other))
+    in_all: dict[str, list[torch.Tensor]] = {}
+    for tokens in batches:
+        quarter = core.quarters(tokens.valid)
+        for number in range(4):
+            in_all.setdefault(f"quarter {number + 1}", []).append(tokens.valid & (quarter == number))
+        in_all.setdefault("A > 0", []).append(tokens.valid & (tokens.advantages > 0))
+        in_all.setdefault("A < 0", []).append(tokens.valid & (tokens.advantages < 0))
+        in_all.setdefault("all", []).append(tokens.valid)
+
+    def counted(name: str) -> Place:
+        sums = torch.zeros(6, dtype=torch.float64)
+        for here, ours, theirs, tokens in zip(in_all[name], cppo, masked, batches, strict=True):
+            alone, both = here & ours & ~theirs, here & ours & theirs
+            columns = [here, both, alone, here & ~ours & theirs]
+            distances = [(tokens.divergence.double() * flags).nan_to_num().sum() for flags in (alone, both)]
+            sums += torch.stack([*(flags.sum().double() for flags in columns), *distances])
+        number, both, alone, others, distance, of_both = sums.tolist()
+        if not number:
+            return Place(0, 0.0, 0.0, 0.0, None, None)
+        shares = (both / number, alone / number, others / number)
+        return Place(int(number), *shares, distance / alone if alone else None, of_both / both if both else None)
+
+    return {name: counted(name) for name in in_all}
+
+
 def _outcomes(settings: dict[Any, Any], batches: list[Tokens]) -> list[Outcome]:
     try:
         method = instantiate(settings)
@@ -100,14 +147,30 @@ def _tokens(dump: dict[str, Any]) -> Tokens:
     return Tokens(pi, mu, advantages, dump["response_mask"].bool(), dump["divergence"], dump.get("response_seeds"))
 
 
-def _show(found: dict[str, Overlap]) -> None:
-    terminal = console()
+_METHODS = (
+    ("method", "masked", "attenuated", "clipped", "of CPPO's", "CPPO's of these"),
+    "of CPPO's: share of the tokens that cppo masks that this method masks too; the last column the other way round",
+)
+
+
+def _places_of(other: str) -> tuple[tuple[str, ...], str]:
+    headings = ("place", "tokens", "both", "cppo alone", f"{other} alone", "D of cppo's alone", "D of both")
+    return headings, "shares of the tokens of each place that are masked; mean D_t"
+
+
+def _show(found: Mapping[str, NamedTuple], headings: Sequence[str], note: str) -> None:
     table = Table(box=None, pad_edge=False)
-    for place, heading in enumerate(("method", "masked", "attenuated", "clipped", "of CPPO's", "CPPO's of these")):
-        table.add_column(heading, justify="right" if place else "left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
     for name, row in found.items():
-        table.add_row(name, *("-" if value is None else f"{value:.2%}" for value in row))
-    terminal.print(table)
-    say(
-        "of CPPO's: share of the tokens that cppo masks that this method masks too; the last column the other way round"
-    )
+        table.add_row(name, *map(_text, row, headings[1:]))
+    console().print(table)
+    say(note)
+
+
+def _text(value: float | None, heading: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if heading.startswith("D of") else f"{value:.2%}"

@@ -5,6 +5,7 @@ import random
 import shutil
 import tempfile
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -185,7 +186,8 @@ def train(overrides: Sequence[str], folder: Path) -> float:
             if number % every == 0 or number == total:
                 accuracy = _validate(training, log)
         command = ["scripts/toy_table/cell.py", *overrides]
-        write_atomically(temporary / MANIFEST, json.dumps({"attempts": [manifest(command)]}, indent=2) + "\n")
+        attempt = {"attempt": 1, "tracking_id": uuid.uuid4().hex[:12], **manifest(command)}
+        write_atomically(temporary / MANIFEST, json.dumps({"attempts": [attempt]}, indent=2) + "\n")
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

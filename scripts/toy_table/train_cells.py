@@ -3,19 +3,21 @@
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from rows import MODES, PLAIN, ROWS, Cell, Column, assets, cells
 from tables import report
 
 from cppo_verl.problems import ConfigError
+from cppo_verl.run import lifeline
 from cppo_verl.run.supervisor import locked
 from cppo_verl.run.terminal import say, warn
 
@@ -55,6 +57,8 @@ def main() -> int:
         for seed in asked.seeds:  # nothing where it is there
             flags = ["--out", str(assets(root, seed)), "--seed", str(seed), *shlex.split(_FLAGS)]
             subprocess.run([sys.executable, "-m", "cppo_verl.quickstart", *flags], check=True)
+        for unfinished in root.glob("lr*/.*-seed*"):
+            shutil.rmtree(unfinished)
         missing = [cell for cell in wanted if not cell.is_done(root, asked.steps)]
         train = _train if asked.on == PLAIN else _train_on_the_stack
         failed = train(root, missing, asked.steps, asked.workers)
@@ -87,6 +91,8 @@ def _train(root: Path, missing: list[Cell], steps: int, workers: int) -> int:
                         f"{minutes:.0f} min, about {left:.0f} left")  # fmt: skip
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.kill()
             raise
     return failed
 
@@ -107,7 +113,8 @@ def _train_on_the_stack(root: Path, missing: list[Cell], steps: int, _: int) -> 
 
 
 def _quiet(root: Path) -> None:
-    """What verl prints goes to a file, of each process its own."""
+    """What verl prints goes to a file, of each process its own; none outlives the command."""
+    lifeline.tie()
     (root / "logs").mkdir(exist_ok=True)
     log = os.open(root / "logs" / f"process-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -124,4 +131,8 @@ def _cell(root: Path, cell: Cell, steps: int) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except ConfigError as error:
+        warn(f"train_cells.py: {error}")
+        raise SystemExit(2) from None

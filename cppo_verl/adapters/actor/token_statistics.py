@@ -166,8 +166,7 @@ def _age_sums(tokens: Tokens, outcome: Outcome, age: Tensor) -> dict[str, Tensor
 def _response_sums(tokens: Tokens, outcome: Outcome) -> dict[str, Tensor]:
     """Mean divergence by quarter of the response's own length, and the effective prefix budget."""
     valid = tokens.valid
-    length = valid.sum(-1, keepdim=True).clamp_min(1)
-    quarter = (valid.cumsum(-1) - 1) * 4 // length
+    quarter = core.quarters(valid)
     sums = {}
     for number in range(1, 5):
         inside = valid & (quarter == number - 1)
