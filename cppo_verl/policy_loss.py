@@ -12,7 +12,9 @@ third line makes verl's ``old_log_probs`` the rollout's, to which the trust regi
 from typing import TYPE_CHECKING
 
 from cppo_verl.adapters.actor.registered_loss import RegisteredLoss
+from cppo_verl.config.check_settings import check_method
 from cppo_verl.config.compose import choices, compose
+from cppo_verl.problems import ConfigError
 
 if TYPE_CHECKING:
     from cppo_verl.methods.tokens import Rule
@@ -28,7 +30,8 @@ def register(name: str, *overrides: str) -> None:
             (default: the binary one of the method's own kind).
 
     Raises:
-        ConfigError: where the loss is first called, if the overrides cannot be composed.
+        ConfigError: where the loss is first called, if ``cppo train`` would refuse the overrides, or they name a Top-K
+            divergence.
     """
     RegisteredLoss.register(name, lambda: _built(overrides))
 
@@ -38,7 +41,12 @@ def _built(overrides: tuple[str, ...]) -> "tuple[Rule, str]":
 
     config = compose(["platform=cpu", *overrides])
     if config.divergence.name not in DIVERGENCES:
+        if any(override.startswith("divergence=") for override in overrides):
+            wanted = ", ".join(DIVERGENCES)
+            raise ConfigError(f"divergence={config.divergence.name}: a policy loss sees no Top-K; use one of {wanted}")
         config = compose(["platform=cpu", *overrides, f"divergence=binary_{config.divergence.kind}"])
+    if problems := list(check_method(config)):
+        raise ConfigError.of(problems)
     return instantiate(config.method), str(config.divergence.name)
 
 

@@ -181,13 +181,13 @@ def fipo(
     valid, x = _prepared(log_ratio, response_mask, advantages=advantages)
     rho = x.exp()
     future = _discounted_future(torch.where(x <= math.log(dual_clip), x, 0.0), valid, 0.5 ** (1.0 / half_life))
-    f = future.exp().clamp(low, high)
-    f = torch.where((advantages < 0) & (rho > safety), f.clamp(0.8, 1.0), f).float()
+    free = future.exp()
+    f = free.clamp(low, high)
+    f = torch.where((advantages < 0) & (rho > safety), f.clamp(0.8, 1.0), f)
     beyond = valid & (advantages < 0) & (rho > dual_clip)
     keep = valid & ~ppo_clipped(rho, advantages, 1.0 - eps_low, 1.0 + eps_high) & ~beyond
     keep &= beyond.sum(-1, keepdim=True) < 2
-    cut = keep & ((f <= low) | (f >= high))
-    return Factor(f * rho * keep, keep.float(), cut)
+    return Factor(f.float() * rho * keep, keep.float(), keep & (f != free))
 
 
 @torch.no_grad()

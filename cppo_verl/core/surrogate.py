@@ -10,6 +10,8 @@ from cppo_verl.core.checks import require_same_shape
 
 # exp(+-20) is far outside any trust region; without the clamp one outlier token overflows to inf.
 LOG_RATIO_BOUND = 20.0
+# What -inf becomes: -inf - -inf and -inf times 0 are NaN.
+LEAST_LOG_PROB = -1e30
 
 
 def ratio_loss(
@@ -32,9 +34,7 @@ def ratio_loss(
     )
     used = gate.float() != 0
     with torch.no_grad():
-        # -inf becomes the smallest number: -inf - -inf would be NaN.
-        current = torch.where(used, log_prob, 0.0).float().clamp_min(torch.finfo(torch.float32).min)
-        rho = _log_ratio(current, torch.where(used, rollout_log_prob, 0.0)).exp()
+        rho = _log_ratio(torch.where(used, log_prob, 0.0), torch.where(used, rollout_log_prob, 0.0)).exp()
         if ratio_cap is not None:
             rho = rho.clamp_max(ratio_cap)
     return weighted_loss(log_prob, advantages, gate.float() * rho)
@@ -45,7 +45,7 @@ def weighted_loss(log_prob: Tensor, advantages: Tensor, weight: Tensor) -> Tenso
     require_same_shape("log_prob", log_prob=log_prob, advantages=advantages, weight=weight)
     weight = weight.detach().float()
     used = weight != 0
-    log_prob = torch.where(used, log_prob, torch.zeros_like(log_prob)).float().clamp_min(torch.finfo(torch.float32).min)
+    log_prob = _finite(torch.where(used, log_prob, torch.zeros_like(log_prob)))
     # 1 + log pi - sg(log pi) has value 1 and gradient grad log pi.
     return -(weight * torch.where(used, advantages.detach().float(), 0.0)) * (1.0 + (log_prob - log_prob.detach()))
 
@@ -72,7 +72,7 @@ def cispo_loss(
     require_same_shape("log_prob", log_prob=log_prob, rollout_log_prob=rollout_log_prob, advantages=advantages)
     with torch.no_grad():
         weight = _log_ratio(log_prob, rollout_log_prob).exp().clamp(1.0 - eps_low, 1.0 + eps_high)
-    return -weight * advantages.detach().float() * log_prob.float()
+    return -weight * advantages.detach().float() * _finite(log_prob)
 
 
 def minpro_loss(
@@ -96,7 +96,7 @@ def minpro_loss(
         response_mask=response_mask,
     )
     valid = response_mask.bool()
-    log_prob = torch.where(valid, log_prob, torch.zeros_like(log_prob)).float()
+    log_prob = _finite(torch.where(valid, log_prob, torch.zeros_like(log_prob)))
     with torch.no_grad():
         log_ratio = _log_ratio(log_prob, torch.where(valid, rollout_log_prob, 0.0))
         weight = (lowest_before(log_ratio, valid) + log_ratio).exp().clamp(1.0 - eps_low, 1.0 + eps_high)
@@ -116,4 +116,9 @@ def lowest_before(log_ratio: Tensor, response_mask: Tensor) -> Tensor:
 
 def _log_ratio(log_prob: Tensor, rollout_log_prob: Tensor) -> Tensor:
     """log rho_t in float32, clamped; the rollout side never carries a gradient."""
-    return (log_prob.float() - rollout_log_prob.detach().float()).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    difference = _finite(log_prob) - _finite(rollout_log_prob.detach())
+    return difference.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def _finite(log_prob: Tensor) -> Tensor:
+    return log_prob.float().clamp_min(LEAST_LOG_PROB)

@@ -111,6 +111,12 @@ class Fipo(FactorRule, RatioClipping):
     dual_clip: float
     factor = staticmethod(core.fipo)
 
+    def __call__(self, tokens: Tokens) -> Outcome:
+        rho = tokens.log_ratio.exp()
+        clipped = core.ppo_clipped(rho, tokens.advantages, 1.0 - self.eps_low, 1.0 + self.eps_high)
+        beyond = (tokens.advantages < 0) & (rho > self.dual_clip)
+        return super().__call__(tokens)._replace(token_cause=tokens.valid & (clipped | beyond))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("half_life", self.half_life)

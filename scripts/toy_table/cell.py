@@ -25,6 +25,7 @@ from verl.utils import tensordict_utils as tu
 from cppo_verl.adapters.actor.alone import actor_of
 from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
 from cppo_verl.adapters.columns import DUMP_DIR, RESPONSE_SEEDS, TRAIN_ALL_ROWS, VERDICT
+from cppo_verl.adapters.driver.step_metrics import require_finite_gradient
 from cppo_verl.adapters.rollout.seeding import response_seed
 from cppo_verl.config.compose import compose
 from cppo_verl.quickstart.task import DATA_SOURCE, SignedSum, TaskSpec, is_correct, make_splits
@@ -32,7 +33,6 @@ from cppo_verl.quickstart.warmup import encode_prompt
 from cppo_verl.run.files import write_atomically, write_lines
 from cppo_verl.run.folder import CONFIG, MANIFEST
 from cppo_verl.run.log import RunLog
-from cppo_verl.run.manifest import manifest
 
 
 class Training:
@@ -68,12 +68,14 @@ class Training:
         right = self._graded(responses, repeated)
         metrics = self.update(batch_of(responses, right, self.config), [problem.question for problem in repeated])
         self._versions.append(self._weights())
-        return {
+        found = {
             "critic/score/mean": float(right.mean()),
             "response_length/mean": float(np.mean([len(response.ids) for response in responses])),
             "timing_s/step": time.monotonic() - begun,
             **{name if "/" in name else f"actor/{name}": value for name, value in metrics.items()},
         }
+        require_finite_gradient(found, self.steps)
+        return found
 
     def update(self, batch: TensorDict, questions: Sequence[str]) -> dict[str, float]:
         """The minibatches of one step, in order; ``questions`` name the problem of each row."""
@@ -167,10 +169,16 @@ def _in_turn(problems: Sequence[SignedSum], draw: random.Random) -> Iterator[Sig
         yield from draw.sample(problems, len(problems))
 
 
-def train(overrides: Sequence[str], folder: Path) -> float:
+def train(overrides: Sequence[str], folder: Path, made: dict[str, Any]) -> float:
     """Make ``folder`` a run folder of these overrides of ``cppo train``, all at once; returns the last accuracy.
 
     Held-out problems are answered before the first step, every ``trainer.test_freq`` steps and after the last.
+
+    Args:
+        made: what the run's manifest is to say.
+
+    Raises:
+        FloatingPointError: a gradient is not finite.
     """
     config = compose(overrides)
     folder.parent.mkdir(exist_ok=True)
@@ -185,8 +193,7 @@ def train(overrides: Sequence[str], folder: Path) -> float:
             log.metrics(number, training.step())
             if number % every == 0 or number == total:
                 accuracy = _validate(training, log)
-        command = ["scripts/toy_table/cell.py", *overrides]
-        attempt = {"attempt": 1, "tracking_id": uuid.uuid4().hex[:12], **manifest(command)}
+        attempt = {"attempt": 1, "tracking_id": uuid.uuid4().hex[:12], **made}
         write_atomically(temporary / MANIFEST, json.dumps({"attempts": [attempt]}, indent=2) + "\n")
         temporary.rename(folder)
     finally:

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from cppo_verl.evaluation.validation import validations
+from cppo_verl.problems import ConfigError
+
 # Nothing is masked: a total variation is at most 1.
 _NONE = ("method=dppo", "method.delta=2")
 
@@ -11,8 +14,7 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     # The seven methods of Table 1, and their surrogate without a trust region.
     "table1": {
         "none": _NONE,
-        **{name: (f"method={name}",) for name in ("grpo", "minpro", "cispo", "dppo")},
-        **{name: (f"method={name}", "divergence=topk_kl") for name in ("trm_max", "trm_avg")},
+        **{name: (f"method={name}",) for name in ("grpo", "minpro", "cispo", "dppo", "trm_max", "trm_avg")},
         "cppo": (),
     },
     # Figs. 5 and 6, as recipes/ablations.sh has them; delta_b has a group of its own.
@@ -24,7 +26,7 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "w-min-0.6": ("method.w_min=0.6",),
         "kl": ("divergence=topk_kl",),
         "binary": ("divergence=binary_tv",),
-        "trm-max-avg": ("method=trm_max_avg", "divergence=topk_kl"),
+        "trm-max-avg": ("method=trm_max_avg",),
     },
     "delta_b": {f"delta-b-{value}": (f"method.delta_b={value}",) for value in ("0.005", "0.03", "0.06", "0.12")},
     "others": {
@@ -57,7 +59,8 @@ class Column(NamedTuple):
     def overrides(self) -> list[str]:
         """Of ``cppo train``."""
         how = [f"mode={self.on}"] if self.on in MODES[1:] else [f"run.staleness={self.staleness}"]
-        return [f"actor_rollout_ref.actor.optim.lr={self.lr}", *how]
+        every = -1 if self.on == PLAIN else 10
+        return [f"actor_rollout_ref.actor.optim.lr={self.lr}", f"trainer.save_freq={every}", *how]
 
 
 class Cell(NamedTuple):
@@ -87,14 +90,21 @@ class Cell(NamedTuple):
             "actor_rollout_ref.rollout.val_kwargs.n=8",
             f"trainer.total_training_steps={steps}",
             "trainer.test_freq=5",
-            "trainer.save_freq=-1",
             *self.column.overrides,
             *rows[self.row],
         ]
 
     def is_done(self, root: Path, steps: int) -> bool:
-        """Whether the validation after the last step is there."""
-        return (self.folder(root) / "validation" / f"{steps}.jsonl").exists()
+        """Whether the validation after the last step is there.
+
+        Raises:
+            ConfigError: it was trained for another number of steps.
+        """
+        done = max(validations(self.folder(root) / "validation"), default=-1)
+        too_far = done > steps or (self.column.on == PLAIN and 0 <= done < steps)
+        if too_far:
+            raise ConfigError(f"{self.folder(root)} is a training of {done} steps, not {steps}: give another folder")
+        return done == steps
 
 
 def assets(root: Path, seed: int) -> Path:

@@ -46,7 +46,7 @@ def _record(run: Path) -> Record | None:
         "masked_by_prefix": float(np.mean(by_prefix)) if by_prefix else None,
         "seconds_a_step": float(np.median(seconds)),
         "commit": attempt["commit"],
-        "ended": attempt["started"],
+        "started": attempt["started"],
     }
 
 
@@ -111,8 +111,10 @@ def report(root: Path) -> None:
     if not found:
         return
     write_lines(root / RECORDS, found)
-    text = "\n\n".join(
-        [*tables(found), "Accuracy on held-out problems in percent, means over seeds; ± 95% over seeds."]
+    note = (
+        "Accuracy on held-out problems in percent, means over seeds; ± 95% over seeds. Masked: mean over the steps of "
+        "the share of tokens whose gradient has a factor below 1 (soft-gate, drpo, sapo: any attenuation)."
     )
+    text = "\n\n".join([*tables(found), note])
     write_atomically(root / TABLE, f"{text}\n")
     say(text)

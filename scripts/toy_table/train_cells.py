@@ -12,12 +12,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 from rows import MODES, PLAIN, ROWS, Cell, Column, assets, cells
 from tables import report
 
 from cppo_verl.problems import ConfigError
 from cppo_verl.run import lifeline
+from cppo_verl.run.manifest import manifest
 from cppo_verl.run.supervisor import locked
 from cppo_verl.run.terminal import say, warn
 
@@ -39,10 +41,10 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=["table1"], help=f"rows, or groups of them: {groups}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of task, model and training")
     parser.add_argument("--lr", default="3e-4", help="learning rate")
-    parser.add_argument("--staleness", type=int, default=4, help="steps between what generates and what is trained")
+    parser.add_argument("--staleness", type=int, default=4, help="steps by which the rollouts are old (not in *_async)")
     parser.add_argument("--on", choices=[PLAIN, *MODES], default=PLAIN, help="the plain loop, or cppo train in a mode")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="cells trained at a time")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="cells trained at a time (plain loop)")
     asked = parser.parse_args()
     root = asked.folder.absolute()
     try:
@@ -72,9 +74,9 @@ def _train(root: Path, missing: list[Cell], steps: int, workers: int) -> int:
         return 0
     say(f"{len(missing)} cells to train, {workers} at a time")
     os.environ |= _ENVIRONMENT
-    begun, failed = time.monotonic(), 0
+    begun, failed, made = time.monotonic(), 0, manifest(sys.argv)
     with ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn"), _quiet, (root,)) as pool:
-        futures = {pool.submit(_cell, root, cell, steps): cell for cell in missing}
+        futures = {pool.submit(_cell, root, cell, steps, made): cell for cell in missing}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 cell, minutes = futures[future], (time.monotonic() - begun) / 60
@@ -124,10 +126,10 @@ def _quiet(root: Path) -> None:
     join_process_group()
 
 
-def _cell(root: Path, cell: Cell, steps: int) -> float:
+def _cell(root: Path, cell: Cell, steps: int, made: dict[str, Any]) -> float:
     from cell import train
 
-    return train(cell.overrides(root, steps), cell.folder(root))
+    return train(cell.overrides(root, steps), cell.folder(root), made)
 
 
 if __name__ == "__main__":

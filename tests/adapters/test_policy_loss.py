@@ -1,5 +1,6 @@
 """``loss_mode=cppo`` in verl's own loss: the loss and gradient of our trainer's, over a binary divergence."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from verl.workers.utils.losses import ppo_loss
 from cppo_verl import policy_loss
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.config.compose import choices, compose
+from cppo_verl.problems import ConfigError
 
 LENGTHS = [7, 3, 9, 5]
 
@@ -92,6 +94,23 @@ def test_settings_of_ones_own():
     default = both("cppo", loss_mode="cppo")[1]
     assert metrics["trust_region/masked"].aggregate() > default[2]["trust_region/masked"].aggregate()
     assert loss != default[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=trm_max", "divergence=binary_tv"], "divergence=binary_tv: trm_max is defined on a KL divergence"),
+        (["method=drpo", "divergence=binary_kl"], "divergence=binary_kl: drpo is defined on a total variation"),
+        (["method=cppo", "divergence=topk_tv"], "divergence=topk_tv: a policy loss sees no Top-K"),
+        (["method=cppo", "method.delta=-1"], "method.delta must be > 0; got -1"),
+        (["method=ppo2"], "method=ppo2: there is no such method"),
+    ],
+)
+def test_what_cppo_train_refuses_is_refused(overrides, expected):
+    policy_loss.register("refused", *overrides)
+    x = torch.zeros(1, 2)
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        get_policy_loss_fn("refused")(x, x, x, torch.ones(1, 2), config=None)
 
 
 def test_a_reduction_of_verls():

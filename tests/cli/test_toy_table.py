@@ -11,6 +11,7 @@ import torch
 
 from cppo_verl.config.compose import compose
 from cppo_verl.config.validate import validate
+from cppo_verl.problems import ConfigError
 from cppo_verl.run.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +151,22 @@ def test_a_cell_on_the_stack_is_a_valid_run(mode, tmp_path, live_assets):
     assert config.trainer.v1.trainer_mode == mode
     assert config.run.staleness == (4 if mode == "sync" else 0)
     assert not cell.is_done(tmp_path, 40)
+
+
+def test_a_cell_of_other_steps_is_neither_taken_nor_lost(tmp_path):
+    from rows import Cell, Column
+
+    plain, stack = (Cell(Column("3e-4", 4, on), "cppo", 0) for on in ("plain", "sync"))
+    for cell in (plain, stack):
+        (cell.folder(tmp_path) / "validation").mkdir(parents=True)
+        for step in (0, 20):
+            (cell.folder(tmp_path) / "validation" / f"{step}.jsonl").touch()
+        assert cell.is_done(tmp_path, 20)
+        with pytest.raises(ConfigError, match="is a training of 20 steps, not 10: give another folder"):
+            cell.is_done(tmp_path, 10)
+    assert not stack.is_done(tmp_path, 40)  # goes on from a checkpoint
+    with pytest.raises(ConfigError, match="is a training of 20 steps, not 40: give another folder"):
+        plain.is_done(tmp_path, 40)
 
 
 @pytest.mark.slow

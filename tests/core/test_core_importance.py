@@ -267,3 +267,11 @@ def test_wrong_arguments_are_named():
         core.drpo(x, x, x, torch.ones(2, 3), delta=0.0)
     with pytest.raises(ValueError, match="tau must be > 0"):
         core.m2po_mask(x, x, torch.ones(2, 3), tau=-1.0, joint=True)
+
+
+def test_a_weight_of_fipo_is_cut_only_where_a_bound_changed_it():
+    """log rho = 0 everywhere: F = 0 and f = 1, which is low and high here, but nothing was changed."""
+    zeros, mask = torch.zeros(1, 4), torch.ones(1, 4).bool()
+    settings = KINDS["fipo"] | {"low": 1.0, "high": 1.0}
+    assert not core.fipo(zeros, zeros + 1, mask, **settings).clipped.any()
+    assert core.fipo(zeros + 0.05, zeros + 1, mask, **settings).clipped.all()

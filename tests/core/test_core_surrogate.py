@@ -264,6 +264,24 @@ def test_garbage_on_padding_leaves_loss_and_gradient_zero_there(field, name, jun
     assert slope.isfinite().all()
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", ["ratio", "clip", "cispo", "minpro"])
+def test_a_token_that_pi_or_both_exclude_leaves_loss_and_gradient_finite(name, both):
+    inputs, mask = surrogate_inputs(3)
+    functions, inputs = calls(inputs, mask)
+    row, column = mask.nonzero()[0].tolist()
+    inputs["advantages"][1] = 0.0
+    for where in ((row, column), (1, int(mask[1].nonzero()[0]))):
+        inputs["log_prob"][where] = -math.inf
+        if both:
+            inputs["rollout_log_prob"][where] = -math.inf
+    leaf = inputs["log_prob"] = inputs["log_prob"].clone().requires_grad_()
+    loss = functions[name](inputs)
+    (slope,) = torch.autograd.grad(loss[mask].sum(), leaf)
+    assert loss[mask].isfinite().all()
+    assert slope.isfinite().all()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_masked_token_sends_exactly_no_gradient_to_its_logits(seed):
     """The whole chain: logits -> log-probs -> mask -> loss; masked positions get 0.0, kept ones -rho A grad log pi."""

@@ -210,6 +210,15 @@ def test_causes_are_the_thresholds(tokens):
     assert torch.equal(both.token_cause, far.any(-1, keepdim=True).expand(16, 12))
 
 
+def test_a_response_that_fipo_masks_for_others_tokens_has_no_token_to_blame():
+    """Two of four tokens lie beyond the dual clip: all are masked, those two by themselves."""
+    log_ratio, ones = torch.tensor([[4.0, 4.0, 0.0, 0.0]]), torch.ones(1, 4)
+    tokens = Tokens(log_ratio - 9, -9 * ones, -ones, ones.bool(), 0 * ones)
+    outcome = build("fipo")(tokens)
+    assert not outcome.gate.any()
+    assert outcome.token_cause.tolist() == [[True, True, False, False]]
+
+
 def test_trm_masks_whole_responses(tokens):
     outcome = build("trm_max", delta_max=0.1)(tokens)
     for gate, cause, valid in zip(outcome.gate, outcome.token_cause, tokens.valid, strict=True):

@@ -55,8 +55,9 @@ class TokenStatistics:
         sums |= _response_sums(tokens, outcome)
         if self._total_variation:
             sums |= _bound_sums(tokens, outcome)
-        sums |= {f"first_{name}": value * float(first_minibatch) for name, value in _mismatch_sums(tokens).items()}
-        sums |= _mismatch_sums(tokens)
+        mismatch = _mismatch_sums(tokens)
+        of_first = mismatch if first_minibatch else {name: torch.zeros_like(sum_) for name, sum_ in mismatch.items()}
+        sums |= mismatch | {f"first_{name}": value for name, value in of_first.items()}
         zero = torch.zeros((), dtype=torch.float64, device=tokens.divergence.device)
         sums["entropy"] = zero if entropy is None else _total(entropy, tokens.valid)
         sums["entropy_tokens"] = zero if entropy is None else tokens.valid.sum().double()
