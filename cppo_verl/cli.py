@@ -23,7 +23,8 @@ _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno
 
 _TRAIN_HELP = """\
 Every override is Hydra's: method=dppo, method.delta=0.2, divergence=binary_kl, trainer.total_training_steps=100 ...
-Groups: method, divergence, platform, recipe (files under configs/). Without platform= a GPU is used where there is one.
+Groups: method, divergence, mode, platform, recipe (files under configs/). Without platform= a GPU is used, if there
+is one.
 """
 
 _PREPARE_HELP = """\

@@ -28,13 +28,24 @@ def check_model(config: DictConfig) -> Iterator[Problem]:
     if path.is_dir():
         yield from _check_model_folder(path)
     elif path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
-        yield about("actor_rollout_ref.model.path", f"={model.path} does not exist", only_here=True)
+        yield about(
+            "actor_rollout_ref.model.path", f"={model.path} does not exist{_maker(config, model.path)}", only_here=True
+        )
     elif os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(model.path):
         yield about(
             "actor_rollout_ref.model.path",
             f"={model.path} is not in the local hub cache, and HF_HUB_OFFLINE=1",
             only_here=True,
         )
+
+
+def _maker(config: DictConfig, path: str) -> str:
+    """How a recipe's model or data file comes to be there; "" for one's own."""
+    for recipe in ("quickstart", "smollm2"):
+        assets = OmegaConf.select(config, f"{recipe}.assets")
+        if assets and str(path).startswith(str(assets)):
+            return f"; bash recipes/{recipe}.sh makes {recipe}.assets, runs/{recipe}-assets-SEED: name that, or run it"
+    return ""
 
 
 def _check_model_folder(path: Path) -> Iterator[Problem]:
@@ -95,7 +106,7 @@ def check_data(config: DictConfig) -> Iterator[Problem]:
             rows += count
             if problem:
                 absent = not Path(file).exists()
-                hint = "; cppo prepare makes data files" if absent else ""
+                hint = (_maker(config, file) or "; cppo prepare makes data files") if absent else ""
                 yield Problem("data file", f"data.{key}: {file} {problem}{hint}", only_here=absent)
                 rows += 1 << 60  # how many there are is another question
             elif count < 1 << 60 and isinstance(needed, int):

@@ -110,7 +110,7 @@ def _about_method(config: DictConfig) -> Iterator[str]:
         value, default = method.get(name), "dppo_delta" if (method.name, name) == ("dppo", "delta") else name
         if value is None:
             continue
-        if this == "tv" and value >= 1:
+        if this == "tv" and value >= 1 and method.name != "drpo":  # which attenuates below its delta
             yield f"method.{name}={value}: a total variation is at most 1, so no token ever exceeds it; choose less"
         elif (this == "tv" and method.get("allow_tv")) or (
             value == config.thresholds[other].get(default) != config.thresholds[this].get(default)

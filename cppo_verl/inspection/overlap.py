@@ -57,7 +57,7 @@ def overlap(run: Path, step: int | None, as_json: bool, where: str | None = None
         files = [file for file in files if file.parent.name == f"step_{step}"]
     if not files:
         which = "no dumped step" if step is None else f"no dumped step {step}"
-        raise ConfigError(f"{run} has {which}; train one with run.dump_steps=[1,2,3]")
+        raise ConfigError(f"{run} has {which}; train one with run.dump_steps=[1,2,3] or run.inspect_every=50")
     batches = [_tokens(load(file)) for file in files]
     if not any(bool(tokens.valid.any()) for tokens in batches):
         raise ConfigError("the dumped steps have no token in the loss: all groups were skipped")

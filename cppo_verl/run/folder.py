@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from cppo_verl.problems import ConfigError
 from cppo_verl.run.files import DamagedFile, read_json
 
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
@@ -27,9 +28,12 @@ def read_config(folder: str | Path) -> DictConfig:
     """The resolved configuration that a run (or an examination of one) was started with.
 
     Raises:
-        DamagedFile: it is empty, cut off, no YAML mapping or lacks a part.
+        ConfigError: it is no run folder.
+        DamagedFile: its configuration is empty, cut off, no YAML mapping or lacks a part.
     """
     path = Path(folder) / CONFIG
+    if not path.exists():
+        raise ConfigError(f"{folder} is not a run folder (no {CONFIG})")
     text = path.read_text(errors="replace")
     if not text.strip():
         raise DamagedFile(path, 1, "is empty", COPY_BACK)

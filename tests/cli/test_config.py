@@ -321,6 +321,17 @@ def test_all_problems_are_reported_at_once(base):
     assert len(message.splitlines()) == 3
 
 
+@pytest.mark.parametrize("recipe", ["quickstart", "smollm2"])
+def test_what_a_recipe_has_not_made_yet_names_the_recipe(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        validate(configuration.compose([f"recipe={recipe}", "platform=cpu"]))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3  # the model and two files
+    assert all(f"bash recipes/{recipe}.sh makes {recipe}.assets, runs/{recipe}-assets-SEED" in line for line in lines)
+    assert "cppo prepare" not in str(caught.value)
+
+
 def test_run_name_in_use(base, tmp_path):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / ".lock").touch()

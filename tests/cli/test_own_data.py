@@ -17,10 +17,9 @@ BLOCKS = dict(re.findall(r"`([\w.]+\.(?:jsonl|py))`:\n\n```\w+\n(.*?)```", PAGE,
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    assert sorted(BLOCKS) == ["mine.jsonl", "my_reward.py"]
+    assert sorted(BLOCKS) == ["held.jsonl", "mine.jsonl", "my_reward.py"]
     for name, text in BLOCKS.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "held.jsonl").write_text('{"problem": "What is 3 + 4 ?", "answer": "7"}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -47,8 +47,8 @@ def test_without_a_file_they_are_the_classes_own(installed, live_assets, tmp_pat
 
 
 def test_a_file_may_build_on_ours(installed):
-    installed(settings="defaults:\n  - base/ratio_loss@_here_\n  - _self_\ndelta: 0.4\n")
-    assert compose(OVERRIDES).method.ratio_cap == 20.0
+    installed(settings="defaults:\n  - base/ratio_cap@_here_\n  - _self_\ndelta: 0.4\n")
+    assert instantiate(compose(OVERRIDES).method).ratio_cap == 20.0
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,12 @@ def test_the_command(tmp_path, capsys):
     ]
 
 
+def test_what_is_no_run(tmp_path, capsys):
+    for command in ("overlap", "inspect", "calibrate"):
+        assert main([command, str(tmp_path)]) == 2
+        assert capsys.readouterr().err == f"cppo {command}: {tmp_path} is not a run folder (no config.yaml)\n"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
