@@ -24,7 +24,14 @@ from verl.utils import tensordict_utils as tu
 
 from cppo_verl.adapters.actor.alone import actor_of
 from cppo_verl.adapters.actor.worker import TrustRegionTrainingWorker
-from cppo_verl.adapters.columns import DUMP_DIR, RESPONSE_SEEDS, TRAIN_ALL_ROWS, VERDICT
+from cppo_verl.adapters.columns import (
+    DUMP_DIR,
+    POLICY_VERSION,
+    RESPONSE_SEEDS,
+    ROLLOUT_VERSION,
+    TRAIN_ALL_ROWS,
+    VERDICT,
+)
 from cppo_verl.adapters.driver.step_metrics import require_finite_gradient
 from cppo_verl.adapters.rollout.seeding import response_seed
 from cppo_verl.config.compose import compose
@@ -53,7 +60,8 @@ class Training:
         splits = make_splits(TaskSpec(), config.run.seed)
         self.heldout = splits.heldout
         self._problems = _in_turn(splits.train, random.Random(f"prompts-{config.run.seed}"))
-        self._versions = deque([self._weights()], maxlen=config.run.staleness + 1)
+        # (the last step in them, weights), the newest last
+        self._versions = deque([(0, self._weights())], maxlen=config.run.staleness + 1)
         self._needs_seeds = instantiate(config.method).needs_response_seeds
         self.steps = 0
 
@@ -64,10 +72,15 @@ class Training:
         self.steps += 1
         problems = [next(self._problems) for _ in range(data.train_batch_size)]
         repeated = [problem for problem in problems for _ in range(rollout.n)]
-        responses = self._sample(self._versions[0], repeated, self.steps)
+        version, weights = self._versions[0]
+        responses = self._sample(weights, repeated, self.steps)
         right = self._graded(responses, repeated)
-        metrics = self.update(batch_of(responses, right, self.config), [problem.question for problem in repeated])
-        self._versions.append(self._weights())
+        batch = batch_of(responses, right, self.config)
+        if self.config.run.staleness:
+            versions = [torch.full((len(response.ids),), version, dtype=torch.int32) for response in responses]
+            batch[ROLLOUT_VERSION] = torch.nested.as_nested_tensor(versions, layout=torch.jagged)
+        metrics = self.update(batch, [problem.question for problem in repeated])
+        self._versions.append((self.steps, self._weights()))
         found = {
             "critic/score/mean": float(right.mean()),
             "response_length/mean": float(np.mean([len(response.ids) for response in responses])),
@@ -81,7 +94,7 @@ class Training:
         """The minibatches of one step, in order; ``questions`` name the problem of each row."""
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         size = actor.ppo_mini_batch_size * rollout.n
-        dump = self.steps in self.config.run.dump_steps
+        dump, folder = self.steps in self.config.run.dump_steps, f"{self.run}/dumps/step_{self.steps}"
         if self._needs_seeds:
             numbers = [row % rollout.n for row in range(len(batch))]
             seeds = [
@@ -98,7 +111,7 @@ class Training:
             epochs=actor.ppo_epochs,
             seed=actor.data_loader_seed,
             dataloader_kwargs={"shuffle": actor.shuffle},
-            **{TRAIN_ALL_ROWS: dump, DUMP_DIR: f"{self.run}/dumps/step_{self.steps}" if dump else ""},
+            **{POLICY_VERSION: self.steps - 1, TRAIN_ALL_ROWS: dump, DUMP_DIR: folder if dump else ""},
         )
         output = self.actor.train_mini_batch(batch)
         return {name: float(np.mean(value)) for name, value in tu.get(output, "metrics").items()}
@@ -107,7 +120,7 @@ class Training:
         """``val_kwargs.n`` answers of the newest weights to each held-out problem, as a run keeps its validations."""
         samples = self.config.actor_rollout_ref.rollout.val_kwargs.n
         repeated = [problem for problem in self.heldout for _ in range(samples)]
-        responses = self._sample(self._versions[-1], repeated, -self.steps)
+        responses = self._sample(self._versions[-1][1], repeated, -self.steps)
         return [
             {"input": problem.question, "gts": str(problem.answer), "acc": verdict, "data_source": DATA_SOURCE}
             for problem, verdict in zip(repeated, self._graded(responses, repeated).tolist(), strict=True)

@@ -189,6 +189,7 @@ def test_cells_are_run_folders_and_are_trained_once(tmp_path):
         steps = read_metrics(folder)
         assert [step for step, line in steps.items() if "val-core/arithmetic/acc/mean@8" in line] == [0, 2]
         assert steps[1]["actor/grad_norm"] > 0
+        assert [steps[step]["staleness/mean"] for step in (1, 2)] == [0, 1]
         assert len((folder / "validation" / "2.jsonl").read_text().splitlines()) == 64 * 8
         for command in ("table", "plot"):
             done = subprocess.run(
