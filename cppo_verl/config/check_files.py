@@ -41,10 +41,11 @@ def check_model(config: DictConfig) -> Iterator[Problem]:
 
 def _maker(config: DictConfig, path: str) -> str:
     """How a recipe's model or data file comes to be there; "" for one's own."""
-    for recipe in ("quickstart", "smollm2"):
-        assets = OmegaConf.select(config, f"{recipe}.assets")
+    tools = config.actor_rollout_ref.rollout.agent.default_agent_loop == TOOL_LOOP
+    for node, recipe in (("quickstart", "tools" if tools else "quickstart"), ("smollm2", "smollm2")):
+        assets = OmegaConf.select(config, f"{node}.assets")
         if assets and str(path).startswith(str(assets)):
-            return f"; bash recipes/{recipe}.sh makes {recipe}.assets, runs/{recipe}-assets-SEED: name that, or run it"
+            return f"; bash recipes/{recipe}.sh makes {node}.assets, runs/{recipe}-assets-SEED: name that, or run it"
     return ""
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from cppo_verl.config.check_settings import MODES
 from cppo_verl.evaluation.validation import validations
 from cppo_verl.problems import ConfigError
 
@@ -37,7 +38,6 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 PLAIN = "plain"
-MODES = ("sync", "colocate_async", "separate_async")
 
 
 class Column(NamedTuple):

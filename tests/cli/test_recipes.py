@@ -245,6 +245,15 @@ def test_a_recipe_without_an_installation_says_what_to_do(tmp_path):
     assert "run scripts/setup.sh (for a --dry-run: scripts/setup.sh cpu)" in done.stderr
 
 
+@pytest.mark.parametrize("recipe", ["side_by_side", "toy_table1"])
+def test_without_a_folder_a_recipe_says_what_it_does_and_starts_nothing(recipe):
+    for words, status in ((["-h"], 0), ([], 2), (["--seeds=1"], 2)):
+        command = ["bash", ROOT / f"recipes/{recipe}.sh", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+        assert done.returncode == status
+        assert f"bash recipes/{recipe}.sh FOLDER" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [

@@ -9,6 +9,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
+from programs import importable
 
 from cppo_verl.config.compose import compose, verl_config_dir
 
@@ -19,20 +20,8 @@ PROGRAMS = ROOT / "scripts" / "side_by_side"
 @pytest.fixture(scope="module", autouse=True)
 def programs():
     """The folder of the programs as an importable one."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(PROGRAMS))
-    yield
-    sys.path.remove(str(PROGRAMS))
-    for name in {"arms", "records"} - before:
-        sys.modules.pop(name, None)
-
-
-def test_the_recipe_says_what_it_does_and_starts_nothing_without_a_folder():
-    for words, status in ((["-h"], 0), ([], 2), (["--steps=1"], 2)):
-        command = ["bash", ROOT / "recipes/side_by_side.sh", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
-        assert done.returncode == status
-        assert "bash recipes/side_by_side.sh FOLDER" in done.stdout
+    with importable(PROGRAMS):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import importable
 
 from cppo_verl.config.compose import compose
 from cppo_verl.config.validate import validate
@@ -21,27 +22,13 @@ PROGRAMS = ROOT / "scripts" / "toy_table"
 @pytest.fixture(scope="module", autouse=True)
 def programs():
     """The folder of the programs as an importable one."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(PROGRAMS))
-    yield
-    sys.path.remove(str(PROGRAMS))
-    for name in {"rows", "sampling", "tables"} - before:
-        sys.modules.pop(name, None)
-
-
-def test_the_recipe_says_what_it_does_and_starts_nothing_without_a_folder():
-    for words, status in ((["-h"], 0), ([], 2), (["--seeds=1"], 2)):
-        command = ["bash", ROOT / "recipes/toy_table1.sh", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
-        assert done.returncode == status
-        assert "bash recipes/toy_table1.sh FOLDER" in done.stdout
+    with importable(PROGRAMS):
+        yield
 
 
 def all_rows():
-    sys.path.insert(0, str(PROGRAMS))
-    from rows import ROWS
-
-    sys.path.remove(str(PROGRAMS))
+    with importable(PROGRAMS):
+        from rows import ROWS
     return [name for group in ROWS.values() for name in group]
 
 

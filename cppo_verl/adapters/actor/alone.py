@@ -21,7 +21,7 @@ def join_process_group() -> None:
 
 
 def settings_of(config: DictConfig) -> TrainingWorkerConfig:
-    """What verl's actor worker gives its engine, from a composed configuration."""
+    """What verl's actor worker gives its engine for training, from a composed configuration."""
     node = config.actor_rollout_ref.actor
     actor = omega_conf_to_dataclass(node)
     actor.engine.use_dynamic_bsz = node.use_dynamic_bsz
