@@ -1,6 +1,6 @@
-"""Drives headless Chromium over its debugging pipe, and takes the screenshots of docs/inspect.md:
+"""Drives headless Chromium over its debugging pipe; times a page of ``cppo inspect`` and takes its screenshots:
 
-python tests/inspection/chromium.py PAGE FOLDER
+python tests/inspection/chromium.py PAGE [FOLDER]
 """
 
 import base64
@@ -112,6 +112,52 @@ def browser():
                 receive.close()
 
 
+# The longest time between two frames while a response is scrolled to its end, 300 pixels a frame.
+SCROLL = """new Promise((done) => {
+  const box = document.querySelector("article"), end = box.scrollHeight, gaps = [];
+  box.scrollTop = 0;
+  let last = null;
+  const frame = (now) => {
+    if (last) gaps.push(now - last);
+    last = now;
+    box.scrollTop += 300;
+    gaps.length < Math.max(end / 300, 20) ? requestAnimationFrame(frame) : done(Math.max(...gaps));
+  };
+  setTimeout(() => requestAnimationFrame(frame), 500);
+})"""
+# Until it is on the screen.
+OPEN = """new Promise((done) => {
+  const start = performance.now();
+  open(state.step.rows[0]);
+  requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - start)));
+})"""
+SLIDE = """(() => {
+  const times = [];
+  for (const delta of [0.01, 0.5, 0.05, 0.2, 0.1]) {
+    const start = performance.now();
+    state.method.settings.delta = delta;
+    recompute();
+    document.body.offsetHeight; // laid out
+    times.push(performance.now() - start);
+  }
+  return times;
+})()"""
+
+
+def times(chromium, page):
+    """What is waited for on a page: name -> (milliseconds of each repetition, limit). It is open at the end."""
+    chromium.size(1280, 800)
+    loads = [chromium.open(page) for _ in range(3)]
+    slides = chromium.run(SLIDE)
+    opened, gaps = zip(*((chromium.run(OPEN), chromium.run(SCROLL)) for _ in range(3)), strict=True)
+    return {"load": (loads, 2000), "open a response": (opened, 500), "slider": (slides, 100), "frame": (gaps, 100)}
+
+
+def table(measured):
+    rows = (f"  {name}: {', '.join(f'{value:.0f}' for value in values)}" for name, (values, _) in measured.items())
+    return "\n".join(["milliseconds:", *rows])
+
+
 VIEWS = {
     "inspect-light": ((1280, 800), False, None),
     "inspect-dark": ((1280, 800), True, ("other", "dppo")),
@@ -119,8 +165,11 @@ VIEWS = {
 }
 
 
-def main(page, folder):
-    for name, (size, dark, choice) in VIEWS.items():
+def main(page, folder=None):
+    with browser() as chromium:
+        measured = times(chromium, page)
+        print(chromium.run("$('parity').textContent"), table(measured), sep="\n")
+    for name, (size, dark, choice) in VIEWS.items() if folder else ():
         with browser() as chromium:
             chromium.size(*size, dark=dark)
             print(f"{name}: loaded in {chromium.open(page):.0f} ms")

@@ -233,39 +233,6 @@ def test_nothing_is_wider_than_the_screen_and_text_can_be_read(browser, run, wid
     browser.size(1280, 800)
 
 
-# The longest time between two frames while a response is scrolled to its end, 300 pixels a frame.
-SCROLL = """new Promise((done) => {
-  const box = document.querySelector("article"), end = box.scrollHeight, gaps = [];
-  box.scrollTop = 0;
-  let last = null;
-  const frame = (now) => {
-    if (last) gaps.push(now - last);
-    last = now;
-    box.scrollTop += 300;
-    gaps.length < Math.max(end / 300, 20) ? requestAnimationFrame(frame) : done(Math.max(...gaps));
-  };
-  setTimeout(() => requestAnimationFrame(frame), 500);
-})"""
-# Until it is on the screen.
-OPEN = """new Promise((done) => {
-  const start = performance.now();
-  open(state.step.rows[0]);
-  requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - start)));
-})"""
-SLIDE = """(() => {
-  const times = [];
-  for (const delta of [0.01, 0.5, 0.05, 0.2, 0.1]) {
-    const start = performance.now();
-    state.method.settings.delta = delta;
-    recompute();
-    document.body.offsetHeight; // laid out
-    times.push(performance.now() - start);
-  }
-  return times;
-})()"""
-
-
-@pytest.mark.alone
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("rows", "length", "method"),
@@ -283,13 +250,8 @@ def test_time(tmp_path, rows, length, method):
     run = make_run(tmp_path / "run", rows=rows, length=length, method=method)
     page = page_of(run)
     with chromium.browser() as browser:
-        browser.size(1280, 800)
-        loads = [browser.open(page) for _ in range(3)]
+        measured = chromium.times(browser, page)
         assert "is training's on all" in text(browser, "#parity")
-        slides = browser.run(SLIDE)
-        opened, gaps = zip(*((browser.run(OPEN), browser.run(SCROLL)) for _ in range(3)), strict=True)
-    print(f"\n{rows} x {length}: {page.stat().st_size / 2**20:.1f} MiB, milliseconds:")
-    limits = {"load": (loads, 2000), "open a response": (opened, 500), "slider": (slides, 100), "frame": (gaps, 100)}
-    for name, (times, _) in limits.items():
-        print(f"  {name}: {', '.join(f'{value:.0f}' for value in times)}")
-    assert [name for name, (times, limit) in limits.items() if min(times) >= limit] == []
+    print(f"\n{rows} x {length}: {page.stat().st_size / 2**20:.1f} MiB")
+    print(chromium.table(measured))
+    assert [name for name, (times, limit) in measured.items() if min(times) >= limit] == []
