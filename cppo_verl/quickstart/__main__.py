@@ -18,7 +18,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from cppo_verl.quickstart.calculator import WORDS
-from cppo_verl.quickstart.flags import parser_of, settings_from, summary
+from cppo_verl.quickstart.flags import parser_of, settings_from, summary, wrong_number
 from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
 from cppo_verl.quickstart.task import TaskSpec, make_splits, write_parquet
 from cppo_verl.quickstart.warmup import (
@@ -135,6 +135,12 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
     settings = settings_from(arguments, SPECS)
+    if wrong := wrong_number(settings, SPECS):
+        parser.error(wrong)
+    try:
+        make_splits(TaskSpec(**settings["task"]), settings["seed"])
+    except ValueError as error:
+        parser.error(str(error))
     built = built_with(out)
     if built == settings:
         print(f"{out} already holds this build; nothing to do")

@@ -49,6 +49,17 @@ def flag_name(group: str, field: str) -> str:
     return prefix + field.replace("_", "-")
 
 
+def wrong_number(settings: Mapping[str, Any], specs: Mapping[str, Any]) -> str | None:
+    """The first flag whose number cannot be meant, and what to give. A 0 that is the default means something."""
+    for group, spec in specs.items():
+        meant = {field.name for field in fields(spec) if field.default == 0}
+        for name, value in settings[group].items():
+            share = name.endswith("_share")
+            if value < 0 or (share and value > 1) or (value == 0 and not share and name not in meant):
+                return f"--{flag_name(group, name)} {value}: give a number {'from 0 to 1' if share else 'above 0'}"
+    return None
+
+
 def settings_from(arguments: argparse.Namespace, specs: Mapping[str, Any]) -> dict[str, Any]:
     """The flags as plain nested data: what the manifest records and a later run is compared with."""
     values = vars(arguments)

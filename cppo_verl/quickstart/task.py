@@ -7,6 +7,7 @@ that can work but seldom does, so what reinforcement learning adds is correctnes
 
 import random
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -109,10 +110,16 @@ class Splits:
 
 
 def make_splits(spec: TaskSpec, seed: int) -> Splits:
-    """Draw the three splits without replacement, the same ones for the same spec and seed."""
+    """Draw the three splits without replacement, the same ones for the same spec and seed.
+
+    Raises:
+        ValueError: there are fewer problems than that, or more than can be numbered.
+    """
     sizes = (spec.heldout_problems, spec.train_problems, spec.warmup_problems)
     if min(sizes) < 1 or sum(sizes) > spec.total:
         raise ValueError(f"splits of {sizes} problems do not fit the {spec.total} distinct problems of {spec}")
+    if spec.total > sys.maxsize:
+        raise ValueError(f"{spec} has 10^{len(str(spec.total)) - 1} problems: fewer terms, or smaller operands")
     indices = random.Random(f"splits-{seed}").sample(range(spec.total), sum(sizes))
     problems = [spec.problem(index) for index in indices]
     train_end = spec.heldout_problems + spec.train_problems

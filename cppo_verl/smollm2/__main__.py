@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from cppo_verl.problems import ConfigError
-from cppo_verl.quickstart.flags import flag_name, parser_of, settings_from, summary
+from cppo_verl.quickstart.flags import parser_of, settings_from, summary, wrong_number
 from cppo_verl.quickstart.task import write_parquet
 from cppo_verl.quickstart.warmup import SampledAccuracy, Supervised, measure, run_warmup, warn_off_target
 from cppo_verl.run.files import DamagedFile, read_json, write_atomically
@@ -140,11 +140,8 @@ def refusal(out: Path, settings: dict[str, Any]) -> str | None:
         return f"{out} is no folder; choose another --out"
     if others := others_in(out):
         return f"{out} holds other things ({', '.join(others[:3])}); move them or choose another --out"
-    for group in SPECS:
-        for name, value in settings[group].items():
-            share = name.endswith("_share")
-            if value < 0 or (share and value > 1) or (value == 0 and not share):
-                return f"--{flag_name(group, name)} {value}: give a number {'from 0 to 1' if share else 'above 0'}"
+    if wrong := wrong_number(settings, SPECS):
+        return wrong
     try:
         make_splits(TaskSpec(**settings["task"]), settings["seed"])
     except ValueError as error:

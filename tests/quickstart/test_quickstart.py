@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cppo_verl.config.check_files import inspect_data_file
 from cppo_verl.grading import grade
+from cppo_verl.quickstart.__main__ import main
 from cppo_verl.quickstart.calculator import WORDS, called_with, calling_answer, evaluate, result_turn
 from cppo_verl.quickstart.model import ModelShape, build_tokenizer
 from cppo_verl.quickstart.task import SignedSum, TaskSpec, make_splits, sloppy_answer, worked_answer
@@ -23,6 +24,25 @@ def test_held_out_problems_occur_nowhere_else(splits):
     questions = [{problem.question for problem in part} for part in (splits.warmup, splits.train, splits.heldout)]
     assert [len(part) for part in questions] == [3000, 1600, 64]
     assert len(set.union(*questions)) == 3000 + 1600 + 64
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--terms", "48"], "10^47 problems: fewer terms, or smaller operands"),
+        (["--terms", "2"], "do not fit the 50 distinct problems"),
+        (["--warmup-worked-share", "1.5"], "--warmup-worked-share 1.5: give a number from 0 to 1"),
+        (["--layers", "0"], "--layers 0: give a number above 0"),
+        (["--vocabulary", "-1"], "--vocabulary -1: give a number above 0"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_at_once(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["quickstart", "--out", str(tmp_path / "out"), *flags])
+    monkeypatch.setattr("cppo_verl.quickstart.__main__.build_atomically", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_answers_are_the_value_of_the_expression(splits):
