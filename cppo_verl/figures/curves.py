@@ -187,4 +187,4 @@ def _explain(axis: "Axes", names: Sequence[str], alone: bool) -> None:
     for place in range(len(names)):
         colour = COLOURS[place % len(COLOURS)] if alone else "grey"
         handles += axis.plot([], [], color=colour, linestyle="-" if alone else _DASHES[place % len(_DASHES)])
-    axis.legend(handles, list(names), fontsize="small", loc="upper right")
+    axis.legend(handles, list(names), fontsize="small")

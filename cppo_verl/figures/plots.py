@@ -100,6 +100,7 @@ def _positions(groups: Sequence[Group]) -> Iterator[tuple[str, "Figure"]]:
     axes = figure.subplots(1, len(found), squeeze=False, sharey=True)
     for axis, (group, data) in zip(axes.flat, found, strict=True):
         positions.draw(axis, group, data, colours[group.label])
+    _shared_legend(figure, columns=3)
     yield "positions", figure
 
 

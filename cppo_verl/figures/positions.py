@@ -79,4 +79,3 @@ def draw(axis: "Axes", group: Group, data: ByPosition, colour: str) -> None:
         axis.plot(data.position, data.threshold, color="grey", linestyle=":", label=r"$\delta / w_t$")
     axis.set(title=group.name.replace("$", r"\$"), xlabel="token position", ylabel=r"$|\pi - \mu|$", yscale="log")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small", loc="upper right")
