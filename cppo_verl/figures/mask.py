@@ -51,7 +51,7 @@ def draw(figure: "Figure", run: Run) -> bool:
     axis.axhline(method.delta, color="grey", linestyle=":", label=r"$\delta$")
     axis.step(position, region.threshold[mask].clamp_min(0), where="mid", color="black", label="$c_t$ (0 if negative)")
     axis.set(xlabel="token position t", ylabel="weighted divergence", title="CPPO's mask on one response")
-    axis.legend()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)  # under the axis: bars may be anywhere
     return True
 
 
