@@ -146,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = add("calibrate", "training.calibration:calibrate", "what delta and delta_b would mask in a run's dumps")
     calibrate.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")
     calibrate.add_argument("--w-min", type=_between(0, 1), help="weight of the last token (default: the run's, or 0.8)")
+    wanted = "of the tokens, that the suggested budgets mask (default: 0.02)"
+    calibrate.add_argument("--share", type=_between(0, 1), default=0.02, help=wanted)
     calibrate.add_argument("--json", dest="as_json", action="store_true", help="one JSON object")
     overlap = add("overlap", "inspection.overlap:overlap", "what every method would mask of a run's dumped steps")
     overlap.add_argument("run", type=Path, metavar="RUN", help="run folder with dumped steps (run.dump_steps)")

@@ -1,6 +1,7 @@
 """``cppo calibrate``: what delta and delta_b would mask, by the divergences of dumped steps, and where to begin."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from cppo_verl.run.terminal import console, say
 
 # The paper's ratio of delta to a fixed delta_b (0.15 / 0.015): what ten average tokens may spend one may spend alone.
 RATIO = 10.0
+# Where the search for a budget begins: below it nothing is told from rounding.
+_LEAST = 1e-6
 STEPS_OF_GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
@@ -34,14 +37,19 @@ class Suggestion(NamedTuple):
     reason: str
 
 
-def calibrate(run: Path, w_min: float | None, as_json: bool) -> int:
+def calibrate(run: Path, w_min: float | None, share: float, as_json: bool) -> int:
     """Print quantiles of D, the mismatch floor, a table of masked shares and a suggestion; returns the exit status.
+
+    Args:
+        share: of the tokens that the suggested budgets are to mask.
 
     Raises:
         ConfigError: it is no run, has no dumped step, or not one valid token in it.
     """
     if w_min == 0:
         raise ConfigError("--w-min=0: the last token's weight must be above 0")
+    if share == 0:
+        raise ConfigError("--share=0: a budget that masks nothing is none (method.delta_b=null)")
     config, files = read_config(run), dumps_of(run)
     if not files:
         raise ConfigError(f"{run} has no dumped step; train a few with run.dump_steps=[1,2,3]")
@@ -49,7 +57,7 @@ def calibrate(run: Path, w_min: float | None, as_json: bool) -> int:
         w_min = float(config.method.get("w_min") or 0.8)
     batches = [(load(file), _minibatch(file)) for file in files]
     found = describe(batches)
-    hint = suggest(batches, found["floor"])
+    hint = suggest([batch for batch, _ in batches], found["floor"], share, w_min)
     deltas, budgets = ([value * factor for factor in STEPS_OF_GRID] for value in (hint.delta, hint.delta_b))
     dumps = [batch for batch, _ in batches]
     grid = [[masked(dumps, delta, budget, w_min) for budget in (*budgets, None)] for delta in deltas]
@@ -115,19 +123,30 @@ def top_k(batches: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     return {name: float(torch.cat(values).mean()) for name, values in found.items()}
 
 
-def suggest(batches: Sequence[tuple[dict[str, Any], int]], floor: dict[str, Any] | None) -> Suggestion:
-    """delta_b: the median response's P90 of D (what Eq. 22 would calibrate it to); delta: ten times that."""
-    rows = [
-        np.quantile(divergence[valid].double(), 0.9)
-        for batch, _ in batches
-        for divergence, valid in zip(batch["divergence"], batch["response_mask"], strict=True)
-        if valid.any()
-    ]
-    budget, reason = float(np.median(rows)), "the median response's P90 of D"
-    if floor is not None and budget < 2 * floor["mean"]:
-        budget, reason = 2 * floor["mean"], "twice the mean mismatch of the engines, which is more than the median P90"
-    budget = max(budget, 1e-6)
-    return Suggestion(_two_digits(RATIO * budget), _two_digits(budget), reason)
+def suggest(batches: Sequence[dict[str, Any]], floor: dict[str, Any] | None, share: float, w_min: float) -> Suggestion:
+    """The smallest delta_b that masks no more than ``share`` of the tokens together with a delta of ten times that.
+
+    Never below twice the mean mismatch of the engines, which would spend it without any learning.
+    """
+    least = _LEAST if floor is None else max(_LEAST, 2 * floor["mean"])
+
+    def allows(budget: float) -> bool:
+        return masked(batches, RATIO * budget, budget, w_min).masked <= share
+
+    budget = _two_digits(least)
+    if allows(budget):
+        if budget > _two_digits(_LEAST):
+            return Suggestion(_two_digits(RATIO * budget), budget, "twice the mean mismatch of the engines")
+        return Suggestion(_two_digits(RATIO * budget), budget, "hardly a token has moved: dump later or staler steps")
+    # The share falls with the budget but for single tokens, so that halving an interval finds the place.
+    low, high = math.log(budget), math.log(2 * budget)
+    while not allows(math.exp(high)):
+        low, high = high, high + math.log(2)
+    while high - low > math.log(1.02):
+        middle = (low + high) / 2
+        low, high = (low, middle) if allows(math.exp(middle)) else (middle, high)
+    budget = _two_digits(math.exp(high))
+    return Suggestion(_two_digits(RATIO * budget), budget, f"masks {100 * share:g}% of these tokens (--share)")
 
 
 def masked(batches: Sequence[dict[str, Any]], delta: float, delta_b: float | None, w_min: float) -> Share:

@@ -57,19 +57,26 @@ def test_the_floor_is_that_of_tokens_under_the_weights_that_sampled_them():
     assert describe([later, stale])["floor"] is None
 
 
-def test_a_suggestion_is_above_the_floor_and_says_why():
-    batches = [(dump(6), 1)]
-    rows = [
-        d[v].double().quantile(0.9).item()
-        for d, v in zip(*(batches[0][0][n] for n in ("divergence", "response_mask")), strict=True)
-    ]
-    hint = suggest(batches, None)
-    assert hint.delta_b == pytest.approx(torch.tensor(rows).double().quantile(0.5).item(), rel=0.05)
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
+def test_a_suggestion_masks_the_share_that_was_asked_for_and_a_smaller_one_more(share):
+    batches = [dump(6), dump(7)]
+    hint = suggest(batches, None, share, W_MIN)
     assert hint.delta == pytest.approx(10 * hint.delta_b, rel=0.05)
-    assert "P90" in hint.reason
-    high = suggest(batches, {"mean": 0.4})
+    assert f"masks {100 * share:g}% of these tokens" in hint.reason
+    tokens = sum(int(batch["response_mask"].sum()) for batch in batches)
+    at = masked(batches, hint.delta, hint.delta_b, W_MIN).masked
+    below = masked(batches, 0.94 * hint.delta, 0.94 * hint.delta_b, W_MIN).masked
+    assert below >= share - 2 / tokens
+    assert at <= share + 2 / tokens
+    assert below > at or share * tokens < 3
+
+
+def test_a_suggestion_is_above_the_floor_and_says_why():
+    high = suggest([dump(6)], {"mean": 0.4}, 0.02, W_MIN)
     assert high.delta_b == pytest.approx(0.8)
     assert "mismatch" in high.reason
+    still = suggest([dump(6, moved=0.0)], None, 0.02, W_MIN)
+    assert "hardly a token has moved" in still.reason
 
 
 def with_top_k(batch, seed, vocabulary=50, k=4):
@@ -113,6 +120,8 @@ def test_the_command(tmp_path, capsys):
     assert "config.yaml" in capsys.readouterr().err
     assert main(["calibrate", str(run), "--w-min", "0"]) == 2
     assert "--w-min=0: the last token's weight must be above 0" in capsys.readouterr().err
+    assert main(["calibrate", str(run), "--share", "0"]) == 2
+    assert "--share=0: a budget that masks nothing is none" in capsys.readouterr().err
     rest = "actor_rollout_ref: {}\ndata: {}\nrun: {}\ntrainer: {}\n"
     own = "method: {name: cppo, w_min: 0.8}\ndivergence: {name: binary_tv, kind: tv}\n"
     (run / "config.yaml").write_text(rest + own)
