@@ -30,6 +30,12 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "trm-max-avg": ("method=trm_max_avg",),
     },
     "delta_b": {f"delta-b-{value}": (f"method.delta_b={value}",) for value in ("0.005", "0.03", "0.06", "0.12")},
+    # How strict, rather than which rule: the token threshold, CPPO's budget in the paper's ratio to it.
+    "delta": {
+        **{f"dppo-delta-{value}": ("method=dppo", f"method.delta={value}") for value in ("0.015", "0.05")},
+        "cppo-delta-0.015": ("method.delta=0.015", "method.delta_b=0.0015"),
+        "cppo-delta-0.05": ("method.delta=0.05", "method.delta_b=0.005"),
+    },
     "others": {
         name: (f"method={name}",)
         for name in ("drpo", "gspo", "gmpo", "sapo", "tis", "mis", "icepop", "m2po", "opsm", "aspo", "fipo", "vespo")
