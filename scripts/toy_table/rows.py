@@ -36,6 +36,8 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "cppo-delta-0.015": ("method.delta=0.015", "method.delta_b=0.0015"),
         "cppo-delta-0.05": ("method.delta=0.05", "method.delta_b=0.005"),
     },
+    # What a kept token weighs: the geometric mean of its response's ratios in the place of its own.
+    "importance": {"cppo-geometric": ("method.importance=geometric",)},
     "others": {
         name: (f"method={name}",)
         for name in ("drpo", "gspo", "gmpo", "sapo", "tis", "mis", "icepop", "m2po", "opsm", "aspo", "fipo", "vespo")

@@ -29,12 +29,15 @@ def records(root: Path) -> list[Record]:
 
 def _record(run: Path) -> Record | None:
     row, _, seed = run.name.rpartition("-seed")
-    steps = read_metrics(run)
+    config, steps = read_config(run), read_metrics(run)
     scores = {step: score for step, line in steps.items() if (score := validation_score(line)) is not None}
-    if max(scores, default=0) < read_config(run).trainer.total_training_steps:
+    if max(scores, default=0) < config.trainer.total_training_steps:
         return None
-    masked = [line["trust_region/masked"] for line in steps.values() if "trust_region/masked" in line]
-    by_prefix = [line["trust_region/masked_by_prefix"] for line in steps.values() if "trust_region/masked" in line]
+
+    def mean(name: str) -> float | None:
+        values = [line[name] for line in steps.values() if name in line]
+        return float(np.mean(values)) if values else None
+
     seconds = [line["timing_s/step"] for line in steps.values() if "timing_s/step" in line]
     attempt = read_attempts(run)[-1]
     return {
@@ -42,8 +45,10 @@ def _record(run: Path) -> Record | None:
         "row": row,
         "seed": int(seed),
         "accuracy": scores,
-        "masked": float(np.mean(masked)) if masked else None,
-        "masked_by_prefix": float(np.mean(by_prefix)) if by_prefix else None,
+        "masked": mean("trust_region/masked"),
+        "masked_by_prefix": mean("trust_region/masked_by_prefix"),
+        "divergence": config.divergence.name,
+        "mean_divergence": mean("divergence/mean"),
         "seconds_a_step": float(np.median(seconds)),
         "commit": attempt["commit"],
         "started": attempt["started"],
@@ -62,7 +67,7 @@ def tables(found: Sequence[Record]) -> Iterator[str]:
         here = [record for record in found if record["column"] == column]
         steps = _quarters(here)
         headings = ["row", "seeds", *(f"step {step}" for step in steps), "best", "last", "last / best",
-                    f"last - {REFERENCE}, same seeds", "masked", "by prefix"]  # fmt: skip
+                    f"last - {REFERENCE}, same seeds", "masked", "by prefix", "mean D"]  # fmt: skip
         lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
         for row in dict.fromkeys(record["row"] for record in here):
             lines.append(_line(row, here, steps))
@@ -83,6 +88,8 @@ def _line(row: str, column: Sequence[Record], steps: Sequence[int]) -> list[str]
     best = [max(scores.values()) for scores in own.values()]
     differences = [last[seed] - others[seed][max(others[seed])] for seed in last if seed in others]
     masked = [record for record in column if record["row"] == row and record["masked"] is not None]
+    distances = [record["mean_divergence"] for record in column if record["row"] == row]
+    kind = next(record["divergence"] for record in column if record["row"] == row)
     return [
         row,
         str(len(own)),
@@ -93,6 +100,7 @@ def _line(row: str, column: Sequence[Record], steps: Sequence[int]) -> list[str]
         _with_half(*interval(differences), sign=True) if differences and row != REFERENCE else "",
         f"{np.mean([record['masked'] for record in masked]):.2%}" if masked else "",
         f"{np.mean([record['masked_by_prefix'] for record in masked]):.2%}" if masked else "",
+        f"{np.mean(distances):.4f}{'' if kind == 'topk_tv' else f' ({kind})'}" if None not in distances else "",
     ]
 
 
@@ -113,7 +121,8 @@ def report(root: Path) -> None:
     write_lines(root / RECORDS, found)
     note = (
         "Accuracy on held-out problems in percent, means over seeds; ± 95% over seeds. Masked: mean over the steps of "
-        "the share of tokens whose gradient has a factor below 1 (soft-gate, drpo, sapo: any attenuation)."
+        "the share of tokens whose gradient has a factor below 1 (soft-gate, drpo, sapo: any attenuation). "
+        "D: mean over tokens and steps, topk_tv where nothing else is named."
     )
     text = "\n\n".join([*tables(found), note])
     write_atomically(root / TABLE, f"{text}\n")

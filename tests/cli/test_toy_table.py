@@ -105,7 +105,8 @@ def test_log_probabilities_are_those_of_a_forward_pass(live_assets):
 def record(row, seed, scores, masked=0.1):
     accuracy = dict(zip((0, 5, 10, 15, 20), scores, strict=True))
     shares = {"masked": masked, "masked_by_prefix": masked / 2}
-    return {"column": "lr1-stale4", "row": row, "seed": seed, "accuracy": accuracy, **shares}
+    distance = {"divergence": "binary_tv" if row == "grpo" else "topk_tv", "mean_divergence": masked / 10}
+    return {"column": "lr1-stale4", "row": row, "seed": seed, "accuracy": accuracy, **shares, **distance}
 
 
 def test_the_table_by_hand():
@@ -122,9 +123,10 @@ def test_the_table_by_hand():
     text = "".join(tables(found))
     assert "| row | seeds | step 0 | step 5 | step 10 | step 15 | best |" in text
     assert (
-        "| grpo | 2 | 30.0 | 50.0 | 70.0 | 50.0 | 70.0 | 30.0 ± 127.1 | 0.46 | -50.0 ± 254.1 | 10.00% | 5.00% |" in text
+        "| grpo | 2 | 30.0 | 50.0 | 70.0 | 50.0 | 70.0 | 30.0 ± 127.1 | 0.46 | -50.0 ± 254.1 | 10.00% | 5.00% | 0.0100 (binary_tv) |"
+        in text
     )
-    assert "| cppo | 2 | 30.0 | 50.0 | 70.0 | 80.0 | 85.0 | 80.0 ± 127.1 | 0.94 |  | 15.00% | 7.50% |" in text
+    assert "| cppo | 2 | 30.0 | 50.0 | 70.0 | 80.0 | 85.0 | 80.0 ± 127.1 | 0.94 |  | 15.00% | 7.50% | 0.0150 |" in text
 
 
 @pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
