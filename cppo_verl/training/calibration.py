@@ -57,9 +57,9 @@ def calibrate(run: Path, w_min: float | None, share: float, as_json: bool) -> in
         w_min = float(config.method.get("w_min") or 0.8)
     batches = [(load(file), _minibatch(file)) for file in files]
     found = describe(batches)
-    hint = suggest([batch for batch, _ in batches], found["floor"], share, w_min)
-    deltas, budgets = ([value * factor for factor in STEPS_OF_GRID] for value in (hint.delta, hint.delta_b))
     dumps = [batch for batch, _ in batches]
+    hint = suggest(dumps, found["floor"], share, w_min)
+    deltas, budgets = ([value * factor for factor in STEPS_OF_GRID] for value in (hint.delta, hint.delta_b))
     grid = [[masked(dumps, delta, budget, w_min) for budget in (*budgets, None)] for delta in deltas]
     record = {
         **{"run": str(run), "divergence": config.divergence.name, "w_min": w_min, **found},

@@ -5,7 +5,8 @@
 A run with ``mode=separate_async`` for each fault: weights that cannot be sent, cannot be received or never come
 (faulty_weights.py), the queue's storage and its controller killed after the first step. Each has to end by itself, name
 its cause in the terminal and leave no process; resumed without the fault, every step has to be there once.
-FOLDER/result.jsonl gets a line for each. Given again after an interruption, the command goes on with those left.
+FOLDER/result.jsonl gets a line for each (seconds_to_end: from the kill, else from the start). Given again after an
+interruption, the command goes on with those left.
 """
 
 import argparse
@@ -79,7 +80,6 @@ def plant(folder: Path, name: str) -> dict:
             launcher.kill()
     time.sleep(15)  # the grace of processes whose launcher is gone
     text = shown.read_text()
-    # What the lines above the last progress line say is not the cause.
     cause = [line.strip() for line in text.splitlines() if fault.said in line][:2]
     record = {
         **{"kind": "fault", "fault": name, "exit_status": status, "seconds_to_end": round(seconds, 1), "said": cause},
