@@ -35,6 +35,9 @@ unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_REQUIRE_VIRTUALENV PIP_CONSTRAINT PIP_N
 unset UV_TARGET UV_PREFIX UV_PYTHON UV_SYSTEM_PYTHON UV_CONSTRAINT UV_OVERRIDE UV_EXCLUDE UV_EXCLUDE_NEWER UV_REQUIRE_HASHES
 unset UV_NO_BINARY UV_NO_BUILD UV_RESOLUTION UV_PRERELEASE UV_PROJECT PYTHONPATH PYTHONHOME
 export PIP_USER=0
+# A run is a dozen processes that each import most of it. Without bytecode an import takes twice as long, every time where
+# PYTHONDONTWRITEBYTECODE is set, as in many container images. (pip writes it in any case.)
+export UV_COMPILE_BYTECODE=1
 
 # The locked CPU stack (numpy, pandas, scipy, mkdocs) starts at 3.11.5.
 oldest="3, 10"

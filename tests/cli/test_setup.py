@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,13 @@ def test_nothing_diverts_it(tmp_path):
     assert not [line for line in seen if line.startswith(diverting)]
 
 
+def test_what_is_installed_has_its_bytecode():
+    """Without it an import takes twice as long, for ever where PYTHONDONTWRITEBYTECODE is set."""
+    for package in ("torch", "transformers", "verl", "vllm", "ray"):
+        source = find_spec(package).origin
+        assert Path(cache_from_source(source)).is_file(), source
+
+
 def test_every_locked_package_has_hashes():
     for name in ("cpu", "gpu", "flash_attn"):
         entries = re.split(r"\n(?=\w)", (SETUP.parent / "requirements" / f"{name}.lock").read_text())
@@ -149,6 +157,7 @@ def test_the_gpu_stack_installs_from_the_lock(tmp_path):
         **os.environ,
         "VENV": str(tmp_path / "venv"),
         "FLASH_ATTN": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
         "UV_CACHE_DIR": str(tmp_path / "uv"),
     }
     done = subprocess.run(["bash", SETUP, "gpu"], capture_output=True, text=True, timeout=1500, env=environment)
@@ -158,6 +167,7 @@ def test_the_gpu_stack_installs_from_the_lock(tmp_path):
     assert done.returncode == 0, said
     assert "checking the seams to verl and vLLM" in said  # compat.check()
     print(f"{time.monotonic() - started:.0f} s, {said}")
+    assert list(tmp_path.glob("venv/lib/python3.*/site-packages/vllm/v1/engine/__pycache__/async_llm.*.pyc"))
     python = tmp_path / "venv" / "bin" / "python"
     found = subprocess.run(
         [python, "-c", "from importlib.metadata import version as v; print(v('verl'), v('vllm'), v('torch'))"],
