@@ -3,8 +3,9 @@
     python tests/live/fault_sweep.py FOLDER [--only NAME]
 
 A run with ``mode=separate_async`` for each fault: weights that cannot be sent, cannot be received or never come
-(faulty_weights.py), the queue's storage and its controller killed after the first step. Each has to end by itself, name
-its cause in the terminal and leave no process; resumed without the fault, every step has to be there once.
+(faulty_weights.py); the queue's storage, its controller and an agent loop worker killed after the first step. Each has
+to end by itself, name its cause in the terminal and leave no process; resumed without the fault, every step has to be
+there once.
 FOLDER/result.jsonl gets a line for each (seconds_to_end: from the kill, else from the start). Given again after an
 interruption, the command goes on with those left.
 """
@@ -40,8 +41,9 @@ FAULTS = {
     "weights are not sent": Fault(PLANTED, engine="faulty_send"),
     "weights are not received": Fault(PLANTED, engine="faulty_receive"),
     "weights never come": Fault("no progress for 2 minutes in weight sync", engine="faulty_silence"),
-    "the queue's storage is killed": Fault("SimpleStorageUnit", killed="ray::SimpleStorageUnit"),
-    "the queue's controller is killed": Fault("TransferQueueController", killed="ray::TransferQueueController"),
+    "the queue's storage is killed": Fault("the queue's storage unit 0 is dead", killed="ray::SimpleStorageUnit"),
+    "the queue's controller is killed": Fault("the queue's controller is dead", killed="ray::TransferQueueController"),
+    "an agent loop worker is killed": Fault("agent loop worker 0 is dead", killed="ray::TrustRegionAgentLoopWorker"),
 }
 
 

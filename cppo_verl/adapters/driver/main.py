@@ -17,6 +17,7 @@ from verl.utils.config import validate_config
 
 from cppo_verl.adapters import compat
 from cppo_verl.adapters.cpu import verl_platform
+from cppo_verl.adapters.driver import deaths
 from cppo_verl.run import confidential, lifeline, progress
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.log import RunLog
@@ -76,7 +77,10 @@ class TaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
             self.agent_loop_manager.connect(self.trainer.get_llm_client())
 
     def fit(self, config: DictConfig) -> None:
-        self.trainer.fit(self.agent_loop_manager)
+        workers = enumerate(self.agent_loop_manager.agent_loop_workers)
+        loops = {f"agent loop worker {number}": worker for number, worker in workers}
+        with deaths.ending_the_run({**deaths.queue_actors(config), **loops}):
+            self.trainer.fit(self.agent_loop_manager)
 
 
 class InThisProcess:
