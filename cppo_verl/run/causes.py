@@ -91,14 +91,19 @@ def is_following(error: str) -> bool:
     return bool(_FOLLOWING.search(error))
 
 
-def first_errors(log: Path, limit: int = 3) -> list[tuple[str, int]]:
+def first_errors(log: Path, limit: int = 3, before: str | None = None) -> list[tuple[str, int]]:
     """The first distinct exceptions of a log, whichever process they are of, and how often each occurs.
 
     The exception that ends a run is often only what a worker's first one led to; those that only say so come last.
+
+    Args:
+        before: a line with this text, the run's last exception, ends the search: what follows is its end's own noise.
     """
     counts: dict[str, int] = {}
     lines = plain_lines(log)
     for line in lines:
+        if before and before in line:
+            break
         if match := _EXCEPTION.match(line):
             error = match[1]
             if error.startswith("ray.exceptions.Actor"):  # which one stands in the next line

@@ -34,7 +34,8 @@ class Failure:
             lines = [text for text in self._event["message"].strip().splitlines() if text.strip()]
             shown = lines if len(lines) <= 6 else lines[-6:]
             console.print(f"{self._event['error']}: " + "\n  ".join(shown), soft_wrap=True)
-            for error, count in first_errors(self.log_file):
+            last = f"{self._event['error']}: {lines[0]}" if lines else None
+            for error, count in first_errors(self.log_file, before=last):
                 if error.partition(": ")[2] not in self._event["message"] and error != cause:
                     console.print(f"earlier: {error} ({count}x)", soft_wrap=True)
         else:

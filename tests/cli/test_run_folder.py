@@ -169,6 +169,19 @@ def test_failure_shows_what_came_first(run, capsys):
     assert output.count("earlier") == 1
 
 
+def test_what_the_end_itself_has_thrown_is_not_shown_as_earlier(run, capsys):
+    (run / "log").write_text(
+        "OSError: a disk\ncppo_verl.adapters.driver.deaths.ProcessDied: the queue is dead\n"
+        "Exception ignored in: <coroutine>\nValueError: created in a different Context\n"
+    )
+    display = RunDisplay(run, run / "log")
+    display.event({"event": "failed", "error": "ProcessDied", "message": "the queue is dead"})
+    display.failure(1)
+    output = capsys.readouterr().out
+    assert "earlier: OSError: a disk (1x)" in output
+    assert "different Context" not in output
+
+
 def test_failure_names_the_actor_that_died(run, capsys):
     died = "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task."
     (run / "log").write_text(

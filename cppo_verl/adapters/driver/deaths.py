@@ -85,5 +85,5 @@ def _end_of(answer: Any) -> str:
         return ""
     except RayActorError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return (lines[-1] if lines else type(error).__name__)[:300].rstrip(".")
+        return (lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__)[:500].rstrip(".")
     return ""
