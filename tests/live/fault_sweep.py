@@ -30,7 +30,7 @@ STEPS = 4
 
 class Fault(NamedTuple):
     said: str
-    """What the terminal has to name."""
+    """What the terminal has to name, as a pattern."""
     engine: str | None = None
     """Of verl's registry of checkpoint engines."""
     killed: str | None = None
@@ -43,7 +43,8 @@ FAULTS = {
     "weights never come": Fault("no progress for 2 minutes in weight sync", engine="faulty_silence"),
     "the queue's storage is killed": Fault("the queue's storage unit 0 is dead", killed="ray::SimpleStorageUnit"),
     "the queue's controller is killed": Fault("the queue's controller is dead", killed="ray::TransferQueueController"),
-    "an agent loop worker is killed": Fault("agent loop worker 0 is dead", killed="ray::TrustRegionAgentLoopWorker"),
+    # Ray says it first where the next prompts are just being submitted.
+    "an agent loop worker is killed": Fault("agent.loop.worker.0", killed="ray::TrustRegionAgentLoopWorker"),
 }
 
 
@@ -82,7 +83,7 @@ def plant(folder: Path, name: str) -> dict:
             launcher.kill()
     time.sleep(15)  # the grace of processes whose launcher is gone
     text = shown.read_text()
-    cause = [line.strip() for line in text.splitlines() if fault.said in line][:2]
+    cause = [line.strip() for line in text.splitlines() if re.search(fault.said, line)][:2]
     record = {
         **{"kind": "fault", "fault": name, "exit_status": status, "seconds_to_end": round(seconds, 1), "said": cause},
         **{"steps_before": len(read_metrics(run)), "processes_left": len(processes(run, ""))},
