@@ -34,7 +34,7 @@ def queue_actors(config: DictConfig) -> dict[str, ActorHandle]:
 
 @contextmanager
 def ending_the_run(actors: Mapping[str, Any], interval: float = _INTERVAL) -> Iterator[None]:
-    """While the block runs, the death of one of ``actors`` raises in it. For the main thread only.
+    """While the block runs, the death of one of ``actors`` raises in it. In the main thread, where signals arrive.
 
     Args:
         actors: Ray actors by what a message calls them.
@@ -44,7 +44,7 @@ def ending_the_run(actors: Mapping[str, Any], interval: float = _INTERVAL) -> It
         ProcessDied: names the actor and what Ray knows of its end.
     """
     told: list[str] = []
-    over = threading.Event()
+    here, over = threading.get_ident(), threading.Event()
 
     def wake(*_: Any) -> None:
         if not over.is_set():
@@ -62,7 +62,7 @@ def ending_the_run(actors: Mapping[str, Any], interval: float = _INTERVAL) -> It
                         f"{name} is dead, and what it held is lost: {end}. The last checkpoint is intact; "
                         "run.resume=true continues from it"
                     )
-                    signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
+                    signal.pthread_kill(here, _SIGNAL)
                     return
                 asked[actors[name].__ray_ready__.remote()] = name
 

@@ -57,7 +57,8 @@ class TrustRegionAgentLoop(SingleTurnAgentLoop):
         super().__init__(*args, **kwargs)
         # Looked up for every response; a lookup in the composed configuration takes longer than all else in run().
         self._seeded, self._run_seed = self.config.run.seeded_rollout, self.config.run.seed
-        self._log_prob_dtype = getattr(torch, self.config.divergence.log_prob_dtype)
+        divergence = self.config.divergence
+        self._log_prob_dtype = getattr(torch, divergence.log_prob_dtype) if divergence.k else None
         self.loop = _InPlace()
         self._prompts: dict[str, list[int]] = {}
 
