@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from cppo_verl.adapters.rollout.batching import Batched
+from cppo_verl.config.compose import compose, config_dir
+from cppo_verl.quickstart.model import ModelShape, build_tokenizer
 
 
 def test_what_comes_while_a_call_is_under_way_goes_together_in_the_next():
@@ -333,3 +335,37 @@ def test_requests_of_vllms_own_endpoints_are_left_as_they_are(server):
     assert [output.outputs[0].token_ids for output in outputs] == [[1, 2]]
     assert (params.output_kind, params.detokenize) == (RequestOutputKind.DELTA, True)
     assert server._finished == {"r1": {}}
+
+
+@pytest.mark.parametrize("divergence", sorted(path.stem for path in (config_dir() / "divergence").glob("*.yaml")))
+def test_the_agent_loop_under_every_divergence(divergence):
+    """What a response brings along is what its divergence looks at: rows for Top-K, nothing for the others."""
+    from verl.experimental.agent_loop.agent_loop import DictConfigWrap
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+    from verl.workers.rollout.replica import TokenOutput
+
+    from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK, TOPK_IDS
+    from cppo_verl.adapters.rollout.agent_loop import TopKAgentLoopOutput, TrustRegionAgentLoop
+
+    config = compose(["recipe=quickstart", f"divergence={divergence}"])
+    k = config.divergence.k
+
+    class Server:
+        async def generate(self, *, sampling_params, **_):
+            assert sampling_params.get("extra_args") == ({TOPK: k} if k else None)
+            rows = {TOPK_IDS: np.zeros((2, k), np.int32), ROLLOUT_TOPK_LOG_PROB: np.zeros((2, k), np.float32)}
+            return TokenOutput(token_ids=[9, 10], log_probs=[-1.0, -2.0], extra_fields=rows if k else {})
+
+    loop = TrustRegionAgentLoop(
+        trainer_config=DictConfigWrap(config=config),
+        server_manager=Server(),
+        tokenizer=build_tokenizer(ModelShape()),
+        processor=None,
+        dataset_cls=RLHFDataset,
+        data_config=DictConfigWrap(config=config.data),
+    )
+    prompt = {"raw_prompt": [{"role": "user", "content": "1 + 2 = ?"}], "global_steps": 1, "session_id": 0}
+    output = asyncio.run(loop.run({}, **prompt, **{TOPK: k}))
+    assert output.response_ids == [9, 10]
+    assert output.response_logprobs == [-1.0, -2.0]
+    assert isinstance(output, TopKAgentLoopOutput) == (k > 0)
