@@ -8,6 +8,7 @@ step on, which include all of that.
 """
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
 from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
 from cppo_verl.run.folder import read_config
 from cppo_verl.run.log import read_metrics
+from cppo_verl.run.supervisor import process_environment
 
 
 def engine_of(config: DictConfig) -> LLMEngine:
@@ -40,6 +42,7 @@ def engine_of(config: DictConfig) -> LLMEngine:
             max_model_len=rollout.max_model_len,
             max_num_seqs=rollout.max_num_seqs,
             max_num_batched_tokens=rollout.max_num_batched_tokens,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
             max_logprobs=max(config.divergence.k, 1),
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
@@ -96,6 +99,8 @@ def main() -> None:
         ("rollout", "train_files", config.data.train_batch_size, rollout.n, config.divergence.k, "timing_s/gen"),
         ("validation", "val_files", None, rollout.val_kwargs.n, 0, "timing_s/testing"),
     )
+    # For the engine's own processes, in which it computes.
+    os.environ.update(process_environment(on_cpu=True, model=str(config.actor_rollout_ref.model.path)))
     engine, rows = engine_of(config), []
     for name, files, count, n, k, timing in work:
         prompts = prompts_of(config, files, count)
