@@ -87,6 +87,9 @@ _SERVER = "workers/rollout/vllm_rollout/vllm_async_server.py"
 _VERL_SOURCE_SEAMS: tuple[Seam, ...] = (
     (_SERVER, "vLLMHttpServer.run_server", ("self", "args")),
     (_SERVER, "vLLMHttpServer.generate", ("self", "prompt_ids", "sampling_params", "request_id")),
+    ("workers/rollout/vllm_rollout/vllm_rollout.py", "ServerAdapter", ("_execute_method", "BucketedWeightSender")),
+    ("workers/rollout/vllm_rollout/bucketed_weight_transfer.py", "BucketedWeightSender._init_socket", ("self",)),
+    ("workers/rollout/replica.py", "RolloutReplica.get_ray_class_with_init_args", ("self",)),
     ("trainer/ppo/v1/trainer_base.py", "PPOTrainer", ("_setup", "actor_rollout_wg", "reward_loop_manager")),
     ("trainer/ppo/v1/agent_loop_tq.py", "AgentLoopWorkerTQ", ("tq", "list_of_dict_to_tensordict")),
     (

@@ -2,7 +2,8 @@
 
     python tests/live/fault_sweep.py FOLDER [--only NAME]
 
-A run with ``mode=separate_async`` for each fault: weights that cannot be sent, cannot be received or never come
+A run with ``mode=separate_async`` for each fault: weights that cannot be sent, cannot be received, are not
+taken by the server or never come
 (faulty_weights.py); the queue's storage, its controller and an agent loop worker killed after the first step. Each has
 to end by itself, name its cause in the terminal and leave no process; resumed without the fault, every step has to be
 there once.
@@ -40,6 +41,7 @@ class Fault(NamedTuple):
 FAULTS = {
     "weights are not sent": Fault(PLANTED, engine="faulty_send"),
     "weights are not received": Fault(PLANTED, engine="faulty_receive"),
+    "a server does not take the weights": Fault("the vLLM server did not take the new weights", engine="faulty_shape"),
     "weights never come": Fault("no progress for 2 minutes in weight sync", engine="faulty_silence"),
     "the queue's storage is killed": Fault("the queue's storage unit 0 is dead", killed="ray::SimpleStorageUnit"),
     "the queue's controller is killed": Fault("the queue's controller is dead", killed="ray::TransferQueueController"),

@@ -40,3 +40,13 @@ class NeverSends(_Counting):
         if self.is_to_fail():
             await asyncio.sleep(3600)
         await super().send_weights(weights, global_steps)
+
+
+@CheckpointEngineRegistry.register("faulty_shape")
+class ShowsTheServerAnotherShape(_Counting):
+    """The server fails in the middle of receiving, while the worker beside it waits for its answer."""
+
+    async def receive_weights(self, global_steps=None):
+        failing = self.is_to_fail()
+        async for name, weight in super().receive_weights(global_steps):
+            yield name, weight[:1] if failing else weight

@@ -1,4 +1,4 @@
-"""A sample of the fault sweep: weights that do not arrive end the run with a cause; without the fault it goes on."""
+"""A sample of the fault sweep: weights that a server fails to load end the run with a cause; it goes on without."""
 
 import fault_sweep
 import pytest
@@ -6,8 +6,8 @@ import pytest
 
 @pytest.mark.live
 @pytest.mark.slow
-def test_weights_that_are_not_received_end_the_run_with_their_cause(tmp_path):
-    record = fault_sweep.plant(tmp_path, "weights are not received")
+def test_weights_that_a_server_does_not_take_end_the_run_with_their_cause(tmp_path):
+    record = fault_sweep.plant(tmp_path, "a server does not take the weights")
     assert fault_sweep.is_right(record), record
 
 

@@ -13,6 +13,7 @@ from cppo_verl.adapters.actor.engine import ExactTrainingWorker
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.adapters.actor.selection import select_rows
 from cppo_verl.adapters.columns import CONTINUES, TRAIN_ALL_ROWS
+from cppo_verl.adapters.rollout import sending
 from cppo_verl.run import progress
 
 
@@ -81,6 +82,7 @@ class TrustRegionActorWorker(ActorRolloutRefWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         store.listen_on_its_host()
+        sending.watch()
         super().__init__(*args, **kwargs)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 
-from cppo_verl.adapters import store
-
 _LONGEST_WAIT = 600  # seconds, for all weights to be gathered and written
 
 
@@ -32,7 +30,6 @@ class SharedMemoryCheckpointEngine(CheckpointEngine):
     """
 
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:
-        store.listen_on_its_host()  # verl's worker beside a server opens a store next
         self._is_master = is_master
         self._file, self._path = -1, ""
 

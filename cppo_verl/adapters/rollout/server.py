@@ -17,6 +17,7 @@ import ray
 import vllm.v1.engine.output_processor as output_processor
 from ray.actor import ActorHandle
 from verl.plugin.platform import get_platform
+from verl.single_controller.ray import RayClassWithInitArgs
 from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.sampling_params import RequestOutputKind
@@ -24,6 +25,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
 from cppo_verl.adapters.columns import ROLLOUT_TOPK_LOG_PROB, TOPK, TOPK_IDS, TRUNCATED
+from cppo_verl.adapters.rollout.sending import WatchedReceiver
 from cppo_verl.run import progress
 
 
@@ -195,6 +197,12 @@ class TopKReplica(vLLMReplica):
         super().__init__(*args, **kwargs)
         if not (self.is_reward_model or self.is_teacher_model):  # those are served by verl's own
             self.server_class = ServerClass.ahead or ray.remote(TopKServer)
+
+    def get_ray_class_with_init_args(self) -> RayClassWithInitArgs:
+        """Of the worker beside a server of its own."""
+        worker = super().get_ray_class_with_init_args()
+        worker.cls = ray.remote(WatchedReceiver)
+        return worker
 
 
 class ServerClass:
