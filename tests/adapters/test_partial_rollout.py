@@ -51,13 +51,6 @@ class Server:
         )
 
 
-@pytest.fixture(autouse=True)
-def no_wait(monkeypatch):
-    """verl waits a second before it resumes."""
-    real = asyncio.sleep
-    monkeypatch.setattr("verl.workers.rollout.llm_server.asyncio.sleep", lambda _: real(0))
-
-
 def client(server, response_length=100):
     from cppo_verl.adapters.rollout.partial import DirectPartialRolloutClient
 
@@ -69,6 +62,20 @@ def generated(server, prompt=PROMPT, seed=None, **options):
     params = {"temperature": 1.0} | ({} if seed is None else {"seed": seed})
     one = client(server, **options)
     return asyncio.run(one.generate("a", prompt_ids=prompt, sampling_params=params))
+
+
+def verls_own(server):
+    """What verl's resuming client makes of it."""
+    from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
+
+    from cppo_verl.adapters.rollout.client import DirectClient
+
+    class Verls(FullyAsyncLLMServerClient, DirectClient):
+        pass
+
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": "vllm", "response_length": 100}}})
+    one = Verls(config, address="here", server=server)
+    return asyncio.run(one.generate("a", prompt_ids=PROMPT, sampling_params={}))
 
 
 def test_a_response_interrupted_three_times_keeps_its_rows():
@@ -89,18 +96,30 @@ def test_a_response_interrupted_three_times_keeps_its_rows():
     assert [len(prompt) - len(PROMPT) for prompt, _ in server.requests] == [0, 4, 4, 6]
 
 
+def test_an_interrupted_request_is_sent_again_at_once(monkeypatch):
+    """verl's client waits a second, in which the next step's prompts overtake it; when it does not, ours can go."""
+    from verl.workers.rollout import llm_server
+
+    slept = []
+
+    async def sleep(delay, result=None):
+        slept.append(delay)
+
+    server = Server([4, 0, 2, 3])
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    generated(server)
+    assert slept == [0.01] * 3
+    # Nothing else is hurried: not a wait for a server, nor one of another task.
+    asyncio.run(llm_server.asyncio.sleep(1))
+    assert slept[3:] == [1]
+    monkeypatch.setattr(llm_server, "asyncio", asyncio)
+    verls_own(Server([4, 3]))
+    assert slept[4:] == [1]
+
+
 def test_verls_own_client_drops_the_rows():
     """The reason for ours; when verl keeps them, this fails and ours can go."""
-    from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
-
-    from cppo_verl.adapters.rollout.client import DirectClient
-
-    class Verls(FullyAsyncLLMServerClient, DirectClient):
-        pass
-
-    config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": "vllm", "response_length": 100}}})
-    one = Verls(config, address="here", server=Server([5]))
-    output = asyncio.run(one.generate("a", prompt_ids=PROMPT, sampling_params={}))
+    output = verls_own(Server([5]))
     assert output.token_ids == list(range(10, 15))
     assert not {"topk_ids", "truncated", "rollout_version"} & set(output.extra_fields)
 

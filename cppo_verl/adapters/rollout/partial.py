@@ -4,11 +4,13 @@ verl sends an interrupted request again with the tokens so far, and merges ids, 
 the pieces. Of all else that a server says of a piece it keeps four names; ours are collected here, piece by piece.
 """
 
+import asyncio
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
+from verl.workers.rollout import llm_server
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
@@ -19,8 +21,35 @@ from cppo_verl.adapters.rollout.seeding import piece_seed
 # verl's stop reason of a piece that was interrupted.
 _ABORTED = ("aborted", "abort")
 
-# The pieces so far of the response that the task generates.
-_pieces: ContextVar[list[TokenOutput]] = ContextVar("pieces")
+# Seconds until an interrupted request is sent again.
+_PAUSE = 0.01
+
+
+class _Pieces(list[TokenOutput]):
+    """Of a response, so far."""
+
+    interrupted = False  # and the next one is not asked for yet
+
+
+# Of the response that the task generates.
+_pieces: ContextVar[_Pieces] = ContextVar("pieces")
+
+
+class _PromptAsyncio:
+    """``asyncio`` to verl's module of the client, which waits a second before it sends an interrupted request again.
+
+    (llm_server.py:345 of verl 0.9.1.) A server that is not ready lets requests wait in their order; where the weights
+    are there sooner, the next step's prompts stand before those, at every step again. When verl waits no longer,
+    tests/adapters/test_partial_rollout.py fails.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(delay: float, result: Any = None) -> Any:
+        pieces = _pieces.get(None)
+        return await asyncio.sleep(_PAUSE if pieces is not None and pieces.interrupted else delay, result)
 
 
 class _PieceClient(LLMServerClient):
@@ -28,11 +57,13 @@ class _PieceClient(LLMServerClient):
 
     async def generate(self, request_id: str, *, sampling_params: dict[str, Any], **request: Any) -> TokenOutput:
         pieces = _pieces.get()
+        pieces.interrupted = False
         if pieces and sampling_params.get("seed") is not None:
             # The seed of the response would draw the same numbers again.
             sampling_params = sampling_params | {"seed": piece_seed(sampling_params["seed"], len(pieces))}
         output = await super().generate(request_id, sampling_params=sampling_params, **request)
         pieces.append(output)
+        pieces.interrupted = output.stop_reason in _ABORTED
         return output
 
 
@@ -40,7 +71,8 @@ class PartialRolloutClient(FullyAsyncLLMServerClient, _PieceClient):
     """verl's client that resumes interrupted requests; its outputs carry our columns for all their tokens."""
 
     async def generate(self, request_id: str, **request: Any) -> TokenOutput:
-        before = _pieces.set([])
+        llm_server.asyncio = _PromptAsyncio()
+        before = _pieces.set(_Pieces())
         try:
             output = await super().generate(request_id, **request)
             output.extra_fields.update(stitched(_pieces.get(), output))
