@@ -23,6 +23,13 @@ def test_installed_vllm_is_the_tested_cpu_version():
     assert compat.source_mismatches(package) == []
 
 
+def test_the_driver_does_not_import_vllms_models():
+    """A second and more of a start, while the actor and the server import."""
+    code = "import sys, cppo_verl.adapters.driver.modes; print('vllm.model_executor' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "False"
+
+
 @pytest.fixture(scope="session")
 def gpu_vllm(tmp_path_factory):
     """Sources of the vLLM that GPUs use, out of its wheel (280 MB from the package index)."""

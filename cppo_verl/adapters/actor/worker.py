@@ -13,7 +13,6 @@ from cppo_verl.adapters.actor.engine import ExactTrainingWorker
 from cppo_verl.adapters.actor.loss import TrustRegionLoss
 from cppo_verl.adapters.actor.selection import select_rows
 from cppo_verl.adapters.columns import CONTINUES, TRAIN_ALL_ROWS
-from cppo_verl.adapters.rollout import sending
 from cppo_verl.run import progress
 
 
@@ -81,6 +80,8 @@ class TrustRegionActorWorker(ActorRolloutRefWorker):
     ref_worker_cls = ExactTrainingWorker
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from cppo_verl.adapters.rollout import sending  # vLLM's half, which the driver need not import for this class
+
         store.listen_on_its_host()
         sending.watch()
         super().__init__(*args, **kwargs)
