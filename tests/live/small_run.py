@@ -35,6 +35,7 @@ def base_overrides(assets: Path) -> list[str]:
         "trainer.val_before_train=false",
         "trainer.test_freq=-1",
         "trainer.save_freq=-1",
+        "run.stall_minutes=8",  # sooner than the tests' own limits, and it tells where a run hangs
     ]
 
 
