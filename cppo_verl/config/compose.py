@@ -21,7 +21,7 @@ from cppo_verl.checkpoint import retention
 from cppo_verl.config import model_folder, own_methods
 from cppo_verl.problems import ConfigError
 from cppo_verl.run.folder import CONFIG
-from cppo_verl.run.machine import has_gpu
+from cppo_verl.run.machine import ONE_PROCESS, has_gpu
 
 GROUPS = ("method", "divergence", "mode", "platform", "recipe")
 _LONGEST_REASON = 400  # characters
@@ -184,23 +184,27 @@ def _fill_in_run(config: DictConfig) -> None:
         trainer.resume_from_path = str(retention.step_folder(trainer.default_local_dir, steps[-1]))
     if isinstance(trainer.resume_from_path, str):
         trainer.resume_from_path = _absolute(trainer.resume_from_path).rstrip("/") or "/"
-    model, engine = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout.checkpoint_engine
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    engine = rollout.checkpoint_engine
     if isinstance(model.path, str) and os.path.exists(os.path.expanduser(model.path)):
         model.path = str(Path(os.path.expanduser(model.path)).absolute())
     if engine.update_weights_bucket_megabytes is None:
         least = 16 if trainer.device == "cpu" else 2048
         engine.update_weights_bucket_megabytes = max(least, -(-model_folder.largest_tensor(model.path) // 2**20))
+    if trainer.device == "cpu" and rollout.engine_kwargs.vllm.get("distributed_executor_backend") is None:
+        alone = rollout.tensor_model_parallel_size == 1
+        rollout.engine_kwargs.vllm.distributed_executor_backend = ONE_PROCESS if alone else "mp"
     if trainer.device == "cpu" and trainer.v1.trainer_mode == "separate_async":
         if engine.backend == "nccl":
             engine.backend, engine.custom_backend_module = "shared_memory", "cppo_verl.adapters.cpu.weights"
-        slots, rollout = config.ray_kwargs.ray_init, config.actor_rollout_ref.rollout
+        slots = config.ray_kwargs.ray_init
         counts = (trainer.n_gpus_per_node, rollout.nnodes, rollout.n_gpus_per_node)
         if all(isinstance(count, int) for count in counts) and slots.get("num_gpus") == trainer.n_gpus_per_node:
             slots.num_gpus += server_devices(config)
     reward = config.reward.custom_reward_function
     if isinstance(reward.path, str) and not reward.path.startswith("pkg://"):
         reward.path = _absolute(reward.path)
-    turns = config.actor_rollout_ref.rollout.multi_turn
+    turns = rollout.multi_turn
     for key in ("function_tool_path", "tool_config_path"):
         turns[key] = _absolute(turns[key])
     for key in ("train_files", "val_files"):

@@ -17,7 +17,7 @@ from cppo_verl.data.sources import AIME
 from cppo_verl.evaluation.samples import QUESTIONS, Evaluation, EvaluationError, Question, content_hashes
 from cppo_verl.run.files import DamagedFile, read_json, write_atomically, write_lines
 from cppo_verl.run.folder import CONFIG, COPY_BACK, MANIFEST, read_config
-from cppo_verl.run.machine import has_gpu
+from cppo_verl.run.machine import ONE_PROCESS, has_gpu
 
 # What is read of a run's configuration.
 _READ = ("data", "reward.custom_reward_function", "actor_rollout_ref.model", "actor_rollout_ref.rollout.val_kwargs")
@@ -164,6 +164,7 @@ def engine_arguments(model: Path, parallel: int, config: DictConfig) -> dict[str
         "model": str(model),
         "dtype": rollout.dtype,
         "tensor_parallel_size": 1 if on_cpu else parallel,
+        "distributed_executor_backend": ONE_PROCESS if on_cpu else None,
         "max_num_seqs": rollout.max_num_seqs,
         "enforce_eager": on_cpu,
         # On CPUs vLLM cannot hand a seeded request the random state back that it drew in an unfinished prefill.

@@ -12,6 +12,10 @@ from pathlib import Path
 SHARED_MEMORY, LEAST_SHARED_MEMORY = "/dev/shm", 256 * 2**20
 
 
+# vLLM's executor whose worker is in the engine's process. On a CPU vLLM would give it one of its own, for the sake of
+# threads, which VLLM_CPU_OMP_THREADS_BIND=nobind settles; that is a message and its answer at every token.
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
 # Ray's word for a Ray that is yet to be started on this machine.
 OWN_RAY = "local"
 

@@ -46,6 +46,7 @@ def engine_of(config: DictConfig) -> LLMEngine:
             max_logprobs=max(config.divergence.k, 1),
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            distributed_executor_backend=rollout.engine_kwargs.vllm.get("distributed_executor_backend"),
         )
     )
 

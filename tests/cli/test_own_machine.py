@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from cppo_verl.adapters.driver.placement import require_room
 from cppo_verl.cli import main
@@ -44,6 +45,21 @@ def model(tmp_path):
 
 def lacking(*overrides):
     return [problem.text for problem in room.lacking(compose(overrides))]
+
+
+def test_the_only_worker_of_a_cpu_engine_is_in_its_process():
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    name = "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend"
+    two = "actor_rollout_ref.rollout.tensor_model_parallel_size=2"
+
+    def executor(*overrides):
+        return OmegaConf.select(compose(["recipe=small", *overrides]), name)
+
+    assert resolve_obj_by_qualname(executor("platform=cpu")).__name__ == "UniProcExecutor"
+    assert executor("platform=cpu", two) == "mp"
+    assert executor("platform=cpu", f"{name}=mp") == "mp"
+    assert executor("platform=gpu") is None
 
 
 def test_no_gpu(machine):

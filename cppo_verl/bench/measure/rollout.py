@@ -14,11 +14,16 @@ from cppo_verl.adapters.columns import TOPK
 from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
 from cppo_verl.bench.cells import Cell
 from cppo_verl.bench.model import tiny_model
-from cppo_verl.run.machine import has_gpu
+from cppo_verl.run.machine import ONE_PROCESS, has_gpu
 
 VARIANTS = ("none", "K=0", "K=1", "K=20", "vLLM's K=20", "K=64")
 _PROMPT_TOKENS = 16
-_CPU: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": False}
+_CPU: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,
+    "distributed_executor_backend": ONE_PROCESS,
+}
 _GPU: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
 
 
