@@ -79,11 +79,10 @@ def test_groups_that_all_fail_end_the_run_and_some_that_fail_do_not():
 
 
 @pytest.fixture
-def engines(monkeypatch):
+def engines():
     """Two actor ranks and a server's worker, ready to send and receive."""
     from cppo_verl.adapters.cpu import weights
 
-    monkeypatch.setattr(weights.store, "listen_on_its_host", lambda: None)
     new = weights.SharedMemoryCheckpointEngine
     actors, servers = [new(bucket_size=1, is_master=rank == 0) for rank in (0, 1)], [new(bucket_size=1)]
     metadata = [engine.prepare() for engine in (*actors, *servers)]

@@ -4,12 +4,13 @@ import asyncio
 import threading
 import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
 import zmq
 from verl.workers.rollout.base import get_rollout_class
-from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer
 
 from cppo_verl.adapters.rollout import sending
 
@@ -20,7 +21,10 @@ def sender(monkeypatch, tmp_path):
     monkeypatch.setattr(sending, "_INTERVAL", 50)
     monkeypatch.setattr(sending, "_GRACE", 500)
     monkeypatch.setattr(sending.WatchedSender, "receiver", Future())
-    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    # Whatever platform verl has found in this process.
+    device = SimpleNamespace(synchronize=lambda: None, empty_cache=lambda: None)
+    monkeypatch.setattr(bucketed_weight_transfer, "get_torch_device", lambda: device)
+    monkeypatch.setattr(bucketed_weight_transfer, "is_support_ipc", lambda: False)
     sender = sending.WatchedSender(f"ipc://{tmp_path}/weights.sock", bucket_size_mb=1, use_shm=True)
     sender.weights = [(name, torch.full((200_000,), value)) for name, value in (("first", 1.0), ("second", 2.0))]
     return sender
@@ -35,7 +39,9 @@ def receiver(sender, receive):
 
     def serve():
         try:
-            taker = BucketedWeightReceiver(sender.zmq_handle, torch.device("cpu"), use_shm=True)
+            taker = bucketed_weight_transfer.BucketedWeightReceiver(
+                sender.zmq_handle, torch.device("cpu"), use_shm=True
+            )
             taker.receive_weights(receive)
             sender.receiver.set_result(None)
         except Exception as error:  # as Ray tells it
