@@ -11,7 +11,6 @@ from pathlib import Path
 # Where processes of one machine share arrays; Docker's default of 64 MiB holds none of vLLM's or Ray's.
 SHARED_MEMORY, LEAST_SHARED_MEMORY = "/dev/shm", 256 * 2**20
 
-
 # vLLM's executor whose worker is in the engine's process. On a CPU vLLM would give it one of its own, for the sake of
 # threads, which VLLM_CPU_OMP_THREADS_BIND=nobind settles; that is a message and its answer at every token.
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"

@@ -2,11 +2,10 @@
 
     python tests/live/fault_sweep.py FOLDER [--only NAME]
 
-A run with ``mode=separate_async`` for each fault: weights that cannot be sent, cannot be received, are not
-taken by the server or never come
-(faulty_weights.py); the queue's storage, its controller and an agent loop worker killed after the first step. Each has
-to end by itself, name its cause in the terminal and leave no process; resumed without the fault, every step has to be
-there once.
+A run with ``mode=separate_async`` for each fault: weights that cannot be sent, cannot be received, are not taken by the
+server or never come (faulty_weights.py); the queue's storage, its controller and an agent loop worker killed after the
+first step. Each has to end by itself, name its cause in the terminal and leave no process; resumed without the fault,
+every step has to be there once.
 FOLDER/result.jsonl gets a line for each (seconds_to_end: from the kill, else from the start). Given again after an
 interruption, the command goes on with those left.
 """

@@ -17,7 +17,7 @@ def register() -> None:
 
     vLLM's CPU backend repacks them after loading and drops the parameter, so the first weight sync of a training run
     would fail; a plain ``F.linear`` on the kept parameter serves both. For experts it does so, and pads them, where
-    the processor has AVX-512 (with AMX it refuses float32); its own plain loop over experts serves.
+    the processor has AVX-512 (with AMX it would refuse float32); its own plain loop over experts serves.
     """
     progress.report()
     store.listen_on_its_host()
