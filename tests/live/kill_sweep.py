@@ -2,8 +2,8 @@
 
     python tests/live/kill_sweep.py FOLDER [--kills 5] [--steps 12] [--seed 0] [--mode colocate_async]
 
-Each kill hits one process (driver, actor worker, vLLM server, raylet, launcher, in turn): one in five at a random time
-after that process is there, the others after all workers are ready. The same command with run.resume=auto goes on.
+Each kill hits one process (driver, actor worker, vLLM server, raylet, launcher, in turn): one in five while the workers
+start, the others at a random point of a random step. The same command with run.resume=auto goes on.
 FOLDER/result.jsonl gets one line per kill and one with the comparison. Given again after an interruption, the command
 goes on with the kills that are left.
 
@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,22 @@ TARGETS = {
     "raylet": "raylet/raylet",
     "launcher": "bin/cppo train",
 }
+
+START_SECONDS = 30.0  # within which a process is killed that is killed while the workers start
+
+
+@dataclass(frozen=True)
+class Moment:
+    """In the step after ``steps`` further ones (None: while the workers start), when ``part`` of its time is over."""
+
+    steps: int | None
+    part: float
+
+    @classmethod
+    def drawn(cls, source: random.Random, steps: int, kills: int, starting: float = 0.0) -> "Moment":
+        """One of ``kills`` of a run of so many steps, never in its last; ``starting``: the share of the former kind."""
+        further = source.randrange((steps - 1) // kills)
+        return cls(None if source.random() < starting else further, source.random())
 
 
 class Sweep:
@@ -69,19 +86,23 @@ class Sweep:
         with open(self.folder / f"{name}.log", "a") as log:
             return subprocess.call([*self.command, f"run.name={name}", *settings], stdout=log, stderr=log)
 
-    def kill_once(self, name: str, target: str, ready: bool, delay: float) -> dict:
-        """Start or go on, kill ``target`` some seconds after it (``ready``: all workers) is there, wait for the end."""
+    def kill_once(self, name: str, target: str, moment: Moment) -> dict:
+        """Start or go on, kill ``target`` then, wait for the end."""
         run = self.folder / name
         before = set(read_metrics(run))
+        saved = max(retention.complete_steps(run / "checkpoints"), default=0)
         (run / "events.jsonl").unlink(missing_ok=True)  # of the attempt before
         with open(self.folder / f"{name}.log", "a") as log:
             launcher = subprocess.Popen([*self.command, f"run.name={name}"], stdout=log, stderr=log)
             try:
                 self._wait_for(lambda: processes(run, TARGETS[target]), launcher)
-                if ready:
-                    self._wait_for(
-                        lambda: any(event.startswith("initialized") for event in self._events(run)), launcher
-                    )
+                delay, after = START_SECONDS * moment.part, "the process is there"
+                if moment.steps is not None:
+                    done = saved + moment.steps
+                    self._wait_for(lambda: self._is_ready(run), launcher)
+                    self._wait_for(lambda: not moment.steps or done in read_metrics(run), launcher)
+                    delay = self._step_seconds(run) * moment.part
+                    after = f"step {done}" if moment.steps else "workers are ready"
                 deadline = time.time() + delay
                 while time.time() < deadline and launcher.poll() is None:
                     time.sleep(0.05)
@@ -96,11 +117,18 @@ class Sweep:
         time.sleep(15)  # the grace of processes whose launcher is gone
         left = [process.pid for process in processes(run, "")]
         return {
-            **{"kind": "kill", "target": target, "after": "workers are ready" if ready else "the process is there"},
-            **{"seconds": round(delay, 1), "phase": phase},
+            **{"kind": "kill", "target": target, "after": after, "seconds": round(delay, 1), "phase": phase},
             **{"steps_before": len(before), "steps_after": len(read_metrics(run)), "exit_status": status},
             **{"seconds_to_end": round(seconds, 1), "processes_left": len(left)},
         }
+
+    def _step_seconds(self, run: Path) -> float:
+        """Of the run's last step, else of the unbroken run's, else ten."""
+        for lines in (read_metrics(run), read_metrics(self.folder / "unbroken")):
+            times = [line["timing_s/step"] for _, line in sorted(lines.items()) if "timing_s/step" in line]
+            if times:
+                return times[-1]
+        return 10.0
 
     def _wait_for(self, condition: Callable[[], object], launcher: subprocess.Popen) -> None:
         deadline = time.time() + 600
@@ -116,6 +144,9 @@ class Sweep:
         path = run / "events.jsonl"
         events = read_lines(path) if path.exists() else ()
         return [" ".join(str(event[key]) for key in ("event", "step") if key in event) for event in events]
+
+    def _is_ready(self, run: Path) -> bool:
+        return any(event.startswith("initialized") for event in self._events(run))
 
     def _phase(self, run: Path) -> str:
         return (self._events(run) or ["starting"])[-1]
@@ -213,7 +244,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=60.0, help="seconds within which a kill falls")
     parser.add_argument("--mode", choices=["sync", "colocate_async", "separate_async"], default="sync")
     options = parser.parse_args()
     options.folder = options.folder.absolute()
@@ -225,15 +255,17 @@ def main() -> int:
     sweep = Sweep(options.folder, options.steps, extra)
     if options.mode == "sync" and sweep.run("unbroken") != 0:
         raise RuntimeError(f"the unbroken run failed: {options.folder}/unbroken.log")
-    moments = random.Random(options.seed)
-    times = [(moments.random() < 0.8, moments.uniform(0, options.longest)) for _ in range(options.kills)]
-    plan = [(target, *moment) for target, moment in zip(itertools.cycle(TARGETS), times, strict=False)]
+    if options.steps <= options.kills:
+        parser.error("--steps must be larger than --kills: no kill falls into the last step")
+    seeded = random.Random(options.seed)
+    moments = [Moment.drawn(seeded, options.steps, options.kills, starting=0.2) for _ in range(options.kills)]
+    plan = list(zip(itertools.cycle(TARGETS), moments, strict=False))
     records = read_lines(sweep.results) if sweep.results.exists() else ()
     done = sum(record["kind"] == "kill" for record in records)
-    for target, ready, delay in plan[done:]:
-        kill = sweep.kill_once("killed", target, ready, delay)
+    for target, moment in plan[done:]:
+        kill = sweep.kill_once("killed", target, moment)
         if kill["exit_status"] == 0:
-            raise RuntimeError("the run was at its end before this kill: give more --steps, or a smaller --longest")
+            raise RuntimeError("the run was at its end before this kill: give more --steps")
         sweep.note(kill)
     if sweep.run("killed") != 0:
         raise RuntimeError(f"the resumed run failed: {options.folder}/killed.log")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kill_sweep import TARGETS, Sweep
+from kill_sweep import TARGETS, Moment, Sweep
 from small_run import base_overrides
 
 from cppo_verl.checkpoint import retention
@@ -17,12 +17,13 @@ from cppo_verl.run.log import read_lines, read_metrics
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 CPPO = Path(sys.executable).parent / "cppo"
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """With a run of six steps that nothing disturbed; at a small learning rate (docs/operations.md: rounding)."""
-    sweep = Sweep(tmp_path_factory.mktemp("sweep"), steps=6, extra=["actor_rollout_ref.actor.optim.lr=5e-5"])
+    sweep = Sweep(tmp_path_factory.mktemp("sweep"), steps=STEPS, extra=["actor_rollout_ref.actor.optim.lr=5e-5"])
     assert sweep.run("unbroken") == 0, (sweep.folder / "unbroken.log").read_text()
     return sweep
 
@@ -30,10 +31,10 @@ def sweep(tmp_path_factory):
 def test_a_run_killed_at_a_random_moment_ends_as_one_that_was_not(sweep):
     """One sample of kill_sweep.py, at another moment in every run of the tests; the seed is printed."""
     seed = random.SystemRandom().randrange(1 << 32)
-    moment = random.Random(seed)
-    target, delay = moment.choice(list(TARGETS)), moment.uniform(0, 25)
-    print(f"seed {seed}: {target} {delay:.1f} s after the workers are ready")
-    kill = sweep.kill_once("killed", target, True, delay)
+    seeded = random.Random(seed)
+    target, moment = seeded.choice(list(TARGETS)), Moment.drawn(seeded, STEPS, kills=1)
+    print(f"seed {seed}: {target}, {moment}")
+    kill = sweep.kill_once("killed", target, moment)
     assert kill["exit_status"] != 0
     assert kill["seconds_to_end"] < 60
     assert kill["processes_left"] == 0
@@ -43,7 +44,7 @@ def test_a_run_killed_at_a_random_moment_ends_as_one_that_was_not(sweep):
     assert verdict["largest_advantage"] > 0.1
     assert verdict["weights_moved"] > 1e-4
     assert verdict["every_step_once"]
-    assert verdict["responses_equal"] == verdict["responses"] == 6 * 32
+    assert verdict["responses_equal"] == verdict["responses"] == STEPS * 32
     assert verdict["weights_differ"] <= 1e-6
     assert verdict["validations"] == 2  # of steps 3 and 6, one set
     assert verdict["validations_equal"]
