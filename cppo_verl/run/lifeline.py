@@ -17,10 +17,15 @@ def tie() -> None:
 
 
 def heed() -> None:
-    """In the started program: leave by SystemExit when the signal comes, so that Ray stops what it has started."""
+    """In the started program: leave by SystemExit when the signal comes, so that Ray stops what it has started.
+
+    And by KeyboardInterrupt when the launcher asks for it, which a shell's background job (``cppo train ... &`` in a
+    script) has inherited to ignore.
+    """
 
     def leave(*_: Any) -> None:
         signal.signal(_SIGNAL, signal.SIG_IGN)  # the kernel sends it once for every thread of the parent
         sys.exit(128 + _SIGNAL)
 
     signal.signal(_SIGNAL, leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -77,6 +77,18 @@ def test_a_run_that_hangs_ends_with_phase_worker_and_stack(tmp_path, stall, told
     assert left(tmp_path) == []
 
 
+def test_a_background_job_ends_in_order_too(tmp_path):
+    """A shell starts it with SIGINT ignored, which its processes inherit; the driver was killed after 15 seconds."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status, seconds = follow(tmp_path, "generation")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert status == STALLED
+    assert "KeyboardInterrupt" in (tmp_path / "logs/train-1.log").read_text()
+    assert seconds < 10
+
+
 def test_an_evaluation_is_watched_as_its_run_was_and_says_what_is_kept(live_assets, tmp_path, monkeypatch, capsys):
     asked = []
 
