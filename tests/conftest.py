@@ -1,9 +1,13 @@
 """What several tests of a live stack share, and the end of the time that CI has."""
 
+import copy
+import functools
 import os
 import time
 
+import omegaconf.base
 import pytest
+import yaml
 from small_run import base_overrides, make_assets
 
 LAST = ("test_eval.py", "test_async.py")  # whole runs, killed and resumed: the first to go where time is short
@@ -23,6 +27,26 @@ def pytest_runtest_setup(item):
     until = os.environ.get("CPPO_TESTS_UNTIL")
     if until and time.time() > float(until) and item.get_closest_marker("slow"):
         pytest.skip("not run: the time for the tests was over (CPPO_TESTS_UNTIL)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_once():
+    """A third of composing a configuration is parsing the same forty files and interpolations; hundreds of tests do."""
+    load, files = yaml.load, {}
+
+    def load_once(stream, Loader):
+        if not hasattr(stream, "read"):
+            return load(stream, Loader)
+        text = stream.read()
+        if (text, Loader.__name__) not in files:
+            stream.seek(0)  # whose name an error tells
+            files[text, Loader.__name__] = load(stream, Loader)
+        return copy.deepcopy(files[text, Loader.__name__])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml, "load", load_once)
+        patch.setattr(omegaconf.base, "parse", functools.lru_cache(maxsize=None)(omegaconf.base.parse))
+        yield
 
 
 @pytest.fixture(scope="session")
