@@ -2,9 +2,10 @@
 
     python scripts/side_by_side/bare_engine.py RUN [--rounds 5]
 
-RUN: a folder of ``cppo train`` on a machine without an accelerator. The engine has the model that the run began with:
-no Ray, no agent loop, no grading, no queue. Prints a table; a run's seconds are those of its metrics from the second
-step on, which include all of that.
+RUN: a folder of ``cppo train`` on a machine without an accelerator. The engine has the weights of the run's last
+checkpoint: no Ray, no agent loop, no grading, no queue. Prints a table; a run's seconds include all of that. The
+validation is the run's last, of the same weights, prompts and seeds; a rollout is of the first problems, beside the
+run's second half of steps, whose responses are about as long.
 """
 
 import argparse
@@ -16,25 +17,27 @@ from pathlib import Path
 import pandas as pd
 import vllm.v1.engine.output_processor as output_processor
 from omegaconf import DictConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from cppo_verl.adapters.columns import TOPK
 from cppo_verl.adapters.rollout.seeding import problem_key, response_seed
 from cppo_verl.adapters.rollout.server import TopKLogprobsProcessor
+from cppo_verl.checkpoint.export import hugging_face_folder
+from cppo_verl.checkpoint.find import find
 from cppo_verl.run.folder import read_config
-from cppo_verl.run.log import read_metrics
+from cppo_verl.run.log import read_lines, read_metrics
 from cppo_verl.run.supervisor import process_environment
 
 
-def engine_of(config: DictConfig) -> LLMEngine:
+def engine_of(model: str, config: DictConfig) -> LLMEngine:
     """As verl's server sets it up for the run."""
     rollout = config.actor_rollout_ref.rollout
     output_processor.LogprobsProcessor = TopKLogprobsProcessor
     return LLMEngine.from_engine_args(
         EngineArgs(
-            model=str(config.actor_rollout_ref.model.path),
+            model=model,
             dtype=rollout.dtype,
             enforce_eager=rollout.enforce_eager,
             enable_chunked_prefill=rollout.enable_chunked_prefill,
@@ -51,8 +54,10 @@ def engine_of(config: DictConfig) -> LLMEngine:
     )
 
 
-def generate(engine: LLMEngine, prompts: list[tuple[str, list[int]]], n: int, k: int | None, config: DictConfig) -> int:
-    """``n`` seeded responses to each prompt; the number of their tokens.
+def generate(
+    engine: LLMEngine, prompts: list[tuple[str, list[int]]], n: int, k: int | None, config: DictConfig, step: int
+) -> int:
+    """``n`` responses to each prompt with the seeds of ``step``; the number of their tokens.
 
     k: None: no log-probability; 0: the sampled token's; else of the k most likely ones, as arrays.
     """
@@ -64,7 +69,7 @@ def generate(engine: LLMEngine, prompts: list[tuple[str, list[int]]], n: int, k:
                 temperature=rollout.temperature,
                 top_p=rollout.top_p,
                 top_k=rollout.top_k,
-                seed=response_seed(config.run.seed, 1, problem, sample),
+                seed=response_seed(config.run.seed, step, problem, sample),
                 logprobs=k,
                 extra_args={TOPK: k} if k else None,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -79,10 +84,9 @@ def generate(engine: LLMEngine, prompts: list[tuple[str, list[int]]], n: int, k:
     return tokens
 
 
-def prompts_of(config: DictConfig, files: str, count: int | None) -> list[tuple[str, list[int]]]:
+def prompts_of(file: str, count: int | None, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
     """(key, token ids) of the first ``count`` problems."""
-    tokenizer = AutoTokenizer.from_pretrained(str(config.actor_rollout_ref.model.path))
-    prompts = [list(prompt) for prompt in pd.read_parquet(config.data[files]).prompt[:count]]
+    prompts = [list(prompt) for prompt in pd.read_parquet(file).prompt[:count]]
     return [
         (problem_key(prompt), tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
         for prompt in prompts
@@ -95,29 +99,48 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     config, rollout = (whole := read_config(options.run)), whole.actor_rollout_ref.rollout
-    steps = [line for step, line in read_metrics(options.run).items() if step > 1]
+    metrics = read_metrics(options.run)
+    last = max(metrics)
+    steps = [line for step, line in metrics.items() if step > last // 2]
+    model = str(hugging_face_folder(find(str(options.run)), print))
     work = (
         ("rollout", "train_files", config.data.train_batch_size, rollout.n, config.divergence.k, "timing_s/gen"),
         ("validation", "val_files", None, rollout.val_kwargs.n, 0, "timing_s/testing"),
     )
     # For the engine's own processes, in which it computes.
-    os.environ.update(process_environment(on_cpu=True, model=str(config.actor_rollout_ref.model.path)))
-    engine, rows = engine_of(config), []
+    os.environ.update(process_environment(on_cpu=True, model=model))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    engine, rows = engine_of(model, config), []
     for name, files, count, n, k, timing in work:
-        prompts = prompts_of(config, files, count)
+        prompts = prompts_of(config.data[files], count, tokenizer)
         for asked in dict.fromkeys([None, 0, k]):
             seconds, tokens = [], 0
             for _ in range(options.rounds + 1):
                 began = time.perf_counter()
-                tokens = generate(engine, prompts, n, asked, config)
+                tokens = generate(engine, prompts, n, asked, config, last)
                 seconds.append(time.perf_counter() - began)
             alone = sorted(seconds[1:])  # the first one warms up
-            in_run = sorted(line[timing] for line in steps if timing in line)
+            in_run = sorted(line[timing] for line in (steps if name == "rollout" else [metrics[last]]))
             rows.append((name, len(prompts) * n, tokens, "none" if asked is None else asked, alone, in_run))
-    print("| what | responses | tokens | K | engine alone, s | in the run, s | ratio of medians |\n" + "|---" * 7 + "|")
+    lengths = statistics.median(line["response_length/mean"] for line in steps)
+    tokens_in_run = {
+        "rollout": lengths * config.data.train_batch_size * rollout.n,
+        "validation": tokens_of_validation(options.run, last, tokenizer),
+    }
+    columns = ("what", "responses", "tokens", "K", "engine alone, s", "in the run, tokens", "s", "ratio", "a token")
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for name, responses, tokens, asked, alone, in_run in rows:
-        ratio = statistics.median(in_run) / statistics.median(alone)
-        print(f"| {name} | {responses:,} | {tokens:,} | {asked} | {shown(alone)} | {shown(in_run)} | {ratio:.2f} |")
+        ratio, there = statistics.median(in_run) / statistics.median(alone), tokens_in_run[name]
+        print(
+            f"| {name} | {responses:,} | {tokens:,} | {asked} | {shown(alone)} | {there:,.0f} | {shown(in_run)} "
+            f"| {ratio:.2f} | {ratio * tokens / there:.2f} |"
+        )
+
+
+def tokens_of_validation(run: Path, step: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Their ends included."""
+    lines = read_lines(run / "validation" / f"{step}.jsonl")
+    return sum(len(tokenizer(line["output"], add_special_tokens=False).input_ids) + 1 for line in lines)
 
 
 def shown(seconds: list[float]) -> str:
