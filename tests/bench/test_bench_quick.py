@@ -14,6 +14,7 @@ from cppo_verl.bench.measure.process import measure
 from cppo_verl.bench.timing import Effort
 from cppo_verl.cli import main
 
+pytestmark = pytest.mark.alone  # it measures time
 NAMES = list(quick.GUARDS)
 
 
