@@ -6,10 +6,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh ${CPPO_STACK:+"$CPPO_STACK"}
 bin=${VENV:-.venv}/bin
 
-# What starts the whole stack or measures time has the machine to itself, after all others, which run two at a time.
+# What starts the whole stack or measures time has the machine to itself, after all others, which run two at a time with
+# one thread each.
 both_parts() { # both_parts marker
   local status=0
-  "$bin/python" -m pytest -m "$1 and not alone" -n 2 --dist loadfile || status=$?
+  OMP_NUM_THREADS=1 "$bin/python" -m pytest -m "$1 and not alone" -n 2 --dist loadfile || status=$?
   "$bin/python" -m pytest -m "$1 and alone" || status=$?
   exit "$status"
 }
