@@ -24,8 +24,9 @@ settings=(
   run.seed="$seed"
 )
 if [[ ! $dry ]]; then
-  # A mistyped setting is told before the warm-up, not after it.
-  checked=$("$bin/cppo" train "${settings[@]}" "$@" --dry-run 2>&1 >/dev/null) || { echo "$checked" >&2 && exit 2; }
+  if [[ ! -e $assets/manifest.json ]]; then # a mistyped setting is told before the warm-up, not after it
+    checked=$("$bin/cppo" train "${settings[@]}" "$@" --dry-run 2>&1 >/dev/null) || { echo "$checked" >&2 && exit 2; }
+  fi
   # shellcheck disable=SC2086 # several flags: recipes/tools.sh has another task
   "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed" ${CPPO_QUICKSTART_FLAGS:-}
 fi

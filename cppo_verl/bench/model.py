@@ -17,7 +17,8 @@ _LOGIT_STD = 4.0
 
 def tiny_model(vocabulary: int) -> Path:
     """Folder of a model with ``vocabulary`` tokens, made once under runs/."""
-    from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
+    from cppo_verl.quickstart.model import build_model, build_tokenizer
+    from cppo_verl.quickstart.specs import ModelShape
 
     folder = Path(f"runs/bench-model-{vocabulary}").absolute()
     shape = ModelShape(vocabulary=vocabulary)
@@ -45,7 +46,8 @@ def _make(shape: str, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from cppo_verl.quickstart.model import ModelShape, build_tokenizer
+    from cppo_verl.quickstart.model import build_tokenizer
+    from cppo_verl.quickstart.specs import ModelShape
 
     facts = json.loads((config_dir() / "facts" / f"{shape}.json").read_text())
     tokenizer = build_tokenizer(ModelShape(vocabulary=facts["vocab_size"], max_positions=32_768))

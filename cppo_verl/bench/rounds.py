@@ -26,6 +26,7 @@ from cppo_verl.adapters.actor.worker import TrustRegionActorWorker, TrustRegionT
 from cppo_verl.adapters.driver.main import TaskRunner, run
 from cppo_verl.adapters.driver.trainer import TrustRegionTrainer
 from cppo_verl.bench.figures import STEPS_FILE
+from cppo_verl.run import lifeline
 
 
 class SwitchableTrainingWorker(TrustRegionTrainingWorker):
@@ -116,3 +117,4 @@ class BenchRunner(TaskRunner.__ray_metadata__.modified_class):  # type: ignore[n
 
 if __name__ == "__main__":
     run(sys.argv[1], BenchRunner)
+    lifeline.leave()

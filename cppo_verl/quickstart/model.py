@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from cppo_verl.quickstart.specs import ModelShape
 
 PAD_TOKEN = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -30,20 +31,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Width, depth, head counts and vocabulary of the network; embeddings are tied."""
-
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    layers: int = 4
-    heads: int = 4
-    key_value_heads: int = 2
-    head_dim: int = 32
-    max_positions: int = 512
-    vocabulary: int = 0
 
 
 def build_tokenizer(shape: ModelShape, words: Sequence[str] = ()) -> PreTrainedTokenizerFast:

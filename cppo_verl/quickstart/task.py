@@ -14,8 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-import pandas as pd
-
 from cppo_verl.grading.extract import final_answer
 
 DATA_SOURCE = "arithmetic"
@@ -161,4 +159,6 @@ def write_parquet(problems: Sequence[Problem], split: str, path: Path, data_sour
         }
         for index, problem in enumerate(problems)
     ]
+    import pandas as pd
+
     pd.DataFrame(rows).to_parquet(path, index=False)

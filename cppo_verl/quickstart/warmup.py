@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cppo_verl.grading.extract import final_answer
 from cppo_verl.quickstart.calculator import MAX_CALLS, called_with, calling_answer, evaluate, result_turn
+from cppo_verl.quickstart.specs import Supervised
 from cppo_verl.quickstart.task import Problem, SignedSum, TaskSpec, is_correct, sloppy_answer, worked_answer
 
 IGNORED_LABEL = -100
@@ -23,25 +24,6 @@ REPORTS = 10
 # An answer to a problem in a style that the random numbers choose: turns of the model and of a tool alternate.
 ProblemT = TypeVar("ProblemT", bound=Problem)
 Answering = Callable[[ProblemT, random.Random], Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """A supervised phase: optimiser steps, examples a step, peak learning rate."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class WarmupSpec(Supervised):
-    """The toy task's: besides these the share of worked answers."""
-
-    steps: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    worked_share: float = 0.30
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from cppo_verl.problems import ConfigError
 from cppo_verl.quickstart.flags import parser_of, settings_from, summary, wrong_number
+from cppo_verl.quickstart.specs import Supervised
 from cppo_verl.quickstart.task import write_parquet
-from cppo_verl.quickstart.warmup import SampledAccuracy, Supervised, measure, run_warmup, warn_off_target
+from cppo_verl.quickstart.warmup import SampledAccuracy, measure, run_warmup, warn_off_target
 from cppo_verl.run.files import DamagedFile, read_json, write_atomically
 from cppo_verl.smollm2.model import GGUF, GGUF_SHA256, PACKAGE, WHEEL, convert, lacking, load, made_whole
 from cppo_verl.smollm2.task import DATA_SOURCE, TaskSpec, WordedSum, make_splits, worked

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class RunDisplay:
         self.total_steps: int | None = None
         self.signal_missed = False
         self.step_seconds: list[float] = []
+        self.outcome: Future[RunSummary] | None = None
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
         self.progress = Progress(
             *columns, TimeElapsedColumn(), console=self.console, transient=True, disable=not self.console.is_terminal
@@ -57,6 +59,8 @@ class RunDisplay:
         """Show the phase a run has entered."""
         name = event["event"]
         self.failed.note(event)
+        if name == "finished":
+            self._write_outcome()  # which takes seconds, as does the end of Ray that is waited for meanwhile
         if name == "initialized":
             self.total_steps = event["total_steps"]
             self.first_step = event["step"]
@@ -105,10 +109,20 @@ class RunDisplay:
     def failure(self, status: int) -> None:
         self.failed.show(self.console, "the run", status)
 
+    def _write_outcome(self) -> Future[RunSummary]:
+        def write() -> RunSummary:
+            summary = RunSummary.read(self.folder)
+            summary.write()
+            return summary
+
+        pool = ThreadPoolExecutor(1)
+        self.outcome = pool.submit(write)
+        pool.shutdown(wait=False)
+        return self.outcome
+
     def summary(self) -> None:
         """Where things are and what came out, from the run folder alone."""
-        summary = RunSummary.read(self.folder)
-        summary.write()
+        summary = (self.outcome or self._write_outcome()).result()
         since = f" (since step {self.first_step})" if self.first_step else ""
         rows = [*summary.rows(), ("time", f"{(time.time() - self.started) / 60:.1f} min{since}")]
         width = max(len(name) for name, _ in rows)

@@ -74,7 +74,8 @@ def configured(case, folder, world):
 
 
 def model_folder(root, vocabulary):
-    from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
+    from cppo_verl.quickstart.model import build_model, build_tokenizer
+    from cppo_verl.quickstart.specs import ModelShape
 
     folder = root / f"model-{vocabulary}"
     shape = ModelShape(vocabulary=vocabulary, max_positions=4096)

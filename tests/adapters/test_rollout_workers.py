@@ -9,7 +9,8 @@ import torch
 
 from cppo_verl.adapters.rollout.batching import Batched
 from cppo_verl.config.compose import compose, config_dir
-from cppo_verl.quickstart.model import ModelShape, build_tokenizer
+from cppo_verl.quickstart.model import build_tokenizer
+from cppo_verl.quickstart.specs import ModelShape
 
 
 def test_what_comes_while_a_call_is_under_way_goes_together_in_the_next():

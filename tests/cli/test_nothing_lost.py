@@ -14,6 +14,7 @@ from cppo_verl.cli import main
 from cppo_verl.config import compose as configuration
 from cppo_verl.config.validate import validate
 from cppo_verl.quickstart import __main__ as quickstart
+from cppo_verl.quickstart import build
 from cppo_verl.run.log import RunLog
 from cppo_verl.training import launcher
 from cppo_verl.training.launcher import prepare_folder
@@ -173,7 +174,7 @@ def test_the_quickstart_builds_over_its_own_builds_only(manifest, tmp_path, monk
     """Runs, evaluations and data folders have a manifest.json too."""
     (tmp_path / "manifest.json").write_text(manifest)
     (tmp_path / "checkpoint").touch()
-    monkeypatch.setattr(quickstart, "build_atomically", lambda *_: pytest.fail("it was replaced"))
+    monkeypatch.setattr(build, "build_atomically", lambda *_: pytest.fail("it was replaced"))
     monkeypatch.setattr(sys, "argv", ["quickstart", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         quickstart.main()
@@ -185,7 +186,7 @@ def test_the_quickstart_keeps_what_lies_beside_its_build(tmp_path, monkeypatch, 
     for name in ("train.parquet", "heldout.parquet", "runs"):
         (tmp_path / name).touch()
     built = []
-    monkeypatch.setattr(quickstart, "build_atomically", lambda *_: built.append(1) or sys.exit(0))
+    monkeypatch.setattr(build, "build_atomically", lambda *_: built.append(1) or sys.exit(0))
     monkeypatch.setattr(sys, "argv", ["quickstart", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         quickstart.main()

@@ -289,3 +289,30 @@ def test_the_model_card_is_filled_from_the_run(trained, tmp_path, capsys):
         export(find(str(trained)), tmp_path / "out", print)
     with pytest.raises(CheckpointError, match="is a Hugging Face folder already"):
         export(find(str(trained)), None, print)
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from cppo_verl.run import lifeline
+
+class Freed:
+    def __del__(self):
+        print("freed")
+
+kept, pool = Freed(), ThreadPoolExecutor(1)
+pool.submit(time.sleep, 0)
+atexit.register(print, "callback")
+threading.Timer(0.3, print, ["thread"]).start()
+print("work", end=" ")
+if sys.argv[1:]:
+    lifeline.leave()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [([], ["work thread", "callback", "freed"]), (["now"], ["work thread", "callback"])]
+)
+def test_a_driver_leaves_as_python_does_but_frees_nothing(words, said):
+    done = subprocess.run([sys.executable, "-c", LEAVING, *words], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout.splitlines()) == (0, said), done.stderr

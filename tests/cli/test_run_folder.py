@@ -137,6 +137,20 @@ def test_a_resumed_run_says_where_it_goes_on(run, capsys):
     assert re.search(r"^time .* min \(since step 1\)$", output, re.MULTILINE)
 
 
+def test_the_outcome_is_written_while_the_run_ends(run, monkeypatch, capsys):
+    display = RunDisplay(run, run / "log")
+    display.event({"event": "finished"})
+    display.outcome.result()
+    assert list((run / "plots").glob("*.png"))
+    assert (run / "summary.json").exists()
+    monkeypatch.setattr(RunSummary, "write", lambda self: 1 / 0)
+    display.summary()  # it is not written again
+    assert "masked tokens" in capsys.readouterr().out
+    display.event({"event": "finished"})
+    with pytest.raises(ZeroDivisionError):  # and what went wrong in it is told
+        display.summary()
+
+
 def test_failure_shows_the_cause_not_the_wall(run, capsys):
     (run / "log").write_text("\n".join(f"line {number}" for number in range(500)))
     display = RunDisplay(run, run / "log")

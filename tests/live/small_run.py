@@ -7,7 +7,8 @@ import torch
 
 def make_assets(folder: Path) -> Path:
     """A random tiny Qwen3 and two small arithmetic files in ``folder``."""
-    from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
+    from cppo_verl.quickstart.model import build_model, build_tokenizer
+    from cppo_verl.quickstart.specs import ModelShape
     from cppo_verl.quickstart.task import TaskSpec, make_splits, write_parquet
 
     shape = ModelShape()

@@ -1,16 +1,21 @@
 """The quickstart's task and model: disjoint problems, honest answers, a real Qwen3 that loads like any other."""
 
+import json
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cppo_verl.config.check_files import inspect_data_file
 from cppo_verl.grading import grade
-from cppo_verl.quickstart.__main__ import main
+from cppo_verl.quickstart.__main__ import SPECS, build_parser, main
 from cppo_verl.quickstart.calculator import WORDS, called_with, calling_answer, evaluate, result_turn
-from cppo_verl.quickstart.model import ModelShape, build_tokenizer
+from cppo_verl.quickstart.flags import settings_from
+from cppo_verl.quickstart.model import build_tokenizer
+from cppo_verl.quickstart.specs import ModelShape
 from cppo_verl.quickstart.task import SignedSum, TaskSpec, make_splits, sloppy_answer, worked_answer
 from cppo_verl.quickstart.warmup import encode_example
 
@@ -38,11 +43,20 @@ def test_held_out_problems_occur_nowhere_else(splits):
 )
 def test_what_cannot_be_built_is_refused_at_once(flags, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["quickstart", "--out", str(tmp_path / "out"), *flags])
-    monkeypatch.setattr("cppo_verl.quickstart.__main__.build_atomically", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr("cppo_verl.quickstart.build.build_atomically", lambda *_: pytest.fail("it was built"))
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_finished_build_is_found_without_torch(tmp_path):
+    script = "import sys; from cppo_verl.quickstart.__main__ import main; main(); print({'torch'} & {*sys.modules})"
+    settings = settings_from(build_parser().parse_args(["--out", str(tmp_path), "--seed", "3"]), SPECS)
+    (tmp_path / "manifest.json").write_text(json.dumps({"settings": settings, "heldout_sampled": {}}))
+    command = [sys.executable, "-c", script, "--out", str(tmp_path), "--seed"]
+    done = subprocess.run([*command, "3"], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{tmp_path} already holds this build; nothing to do", "set()"], done.stderr
 
 
 def test_answers_are_the_value_of_the_expression(splits):

@@ -20,9 +20,10 @@ from cppo_verl.config.check_files import inspect_data_file
 from cppo_verl.config.compose import compose
 from cppo_verl.grading import compute_score, grade
 from cppo_verl.problems import ConfigError
-from cppo_verl.quickstart.model import ModelShape, build_model, build_tokenizer
+from cppo_verl.quickstart.model import build_model, build_tokenizer
+from cppo_verl.quickstart.specs import ModelShape, Supervised
 from cppo_verl.quickstart.task import SignedSum, worked_answer, write_parquet
-from cppo_verl.quickstart.warmup import Supervised, encode_example, run_warmup
+from cppo_verl.quickstart.warmup import encode_example, run_warmup
 from cppo_verl.smollm2 import __main__ as command
 from cppo_verl.smollm2 import model as smollm2
 from cppo_verl.smollm2.task import GAINS, TaskSpec, WordedSum, make_splits, worked

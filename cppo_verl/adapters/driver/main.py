@@ -155,3 +155,4 @@ def run(folder: str, runner: Any = TaskRunner) -> None:
 
 if __name__ == "__main__":
     run(sys.argv[1])
+    lifeline.leave()
