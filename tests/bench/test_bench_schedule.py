@@ -57,6 +57,7 @@ def test_phases_by_cards():
     assert [fit(cards) for cards in (8, 16, 128)] == pytest.approx([210.0, 110.0, 22.5])
 
 
+@pytest.mark.slow  # the other tests here are of its parts
 def test_the_table_is_set_beside_what_is_published(capsys):
     assert schedule() == 0
     printed = capsys.readouterr().out
