@@ -26,11 +26,11 @@ def heed() -> None:
     script) has inherited to ignore.
     """
 
-    def leave(*_: Any) -> None:
+    def exit_in_order(*_: Any) -> None:
         signal.signal(_SIGNAL, signal.SIG_IGN)  # the kernel sends it once for every thread of the parent
         sys.exit(128 + _SIGNAL)
 
-    signal.signal(_SIGNAL, leave)
+    signal.signal(_SIGNAL, exit_in_order)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
