@@ -257,6 +257,7 @@ def assert_agrees(name, case, found, folder, world):
         assert checkpoint_bytes(config, facts) == pytest.approx(found["checkpoint"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_what_the_engine_allocates(measured, name):
     assert_agrees(name, CASES[name], *measured[name], world=1)
