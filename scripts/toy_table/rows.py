@@ -35,6 +35,8 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         **{f"dppo-delta-{value}": ("method=dppo", f"method.delta={value}") for value in ("0.015", "0.05")},
         "cppo-delta-0.015": ("method.delta=0.015", "method.delta_b=0.0015"),
         "cppo-delta-0.05": ("method.delta=0.05", "method.delta_b=0.005"),
+        # What cppo calibrate begins with on the dumps of a stale cppo cell.
+        "cppo-delta-0.78": ("method.delta=0.78", "method.delta_b=0.078"),
     },
     # What a kept token weighs: the geometric mean of its response's ratios in the place of its own.
     "importance": {"cppo-geometric": ("method.importance=geometric",)},
