@@ -24,10 +24,12 @@ settings=(
   run.seed="$seed"
 )
 if [[ ! $dry ]]; then
-  if [[ ! -e $assets/manifest.json ]]; then # a mistyped setting is told before the warm-up, not after it
+  # shellcheck disable=SC2206 # several flags: recipes/tools.sh has another task
+  build=("$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed" ${CPPO_QUICKSTART_FLAGS:-})
+  if ! "${build[@]}" --is-built 2>/dev/null; then
+    # A mistyped setting is told before the warm-up, not after it.
     checked=$("$bin/cppo" train "${settings[@]}" "$@" --dry-run 2>&1 >/dev/null) || { echo "$checked" >&2 && exit 2; }
+    "${build[@]}"
   fi
-  # shellcheck disable=SC2086 # several flags: recipes/tools.sh has another task
-  "$bin/python" -m cppo_verl.quickstart --out "$assets" --seed "$seed" ${CPPO_QUICKSTART_FLAGS:-}
 fi
 exec "$bin/cppo" train "${settings[@]}" "$@"

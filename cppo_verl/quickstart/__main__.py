@@ -1,7 +1,8 @@
 """``python -m cppo_verl.quickstart --out DIR --seed S``: build the toy task and its warm-started model.
 
 DIR receives ``model/`` (a Hugging Face checkpoint), ``train.parquet``, ``heldout.parquet`` and
-``manifest.json``.  Repeating a command whose manifest is already there does nothing.
+``manifest.json``.  Repeating a command whose manifest is already there does nothing; with ``--is-built`` nothing is
+done otherwise either, and the exit status tells.
 """
 
 import argparse
@@ -40,7 +41,7 @@ SPECS = {"task": TaskSpec, "model": ModelShape, "warmup": WarmupSpec}
 
 def build_parser() -> argparse.ArgumentParser:
     """One flag for every knob, its default the tuned one."""
-    return parser_of(
+    parser = parser_of(
         "python -m cppo_verl.quickstart",
         "Build the toy arithmetic task and a small Qwen3 warm-started on it.",
         SPECS,
@@ -49,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         samples=16,
         max_tokens=40,
     )
+    parser.add_argument("--is-built", action="store_true", help="build nothing: exit status 1 if it is not there")
+    return parser
 
 
 def built_with(out: Path) -> dict[str, Any] | None:
@@ -81,6 +84,8 @@ def main() -> None:
     if built == settings:
         print(f"{out} already holds this build; nothing to do")
         return
+    if arguments.is_built:
+        raise SystemExit(1)
     if out.exists() and built is None and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"{out} exists and is not a quickstart build; move it or choose another --out")
     if built is not None and (out.is_symlink() or others_in(out)):

@@ -159,6 +159,6 @@ def write_parquet(problems: Sequence[Problem], split: str, path: Path, data_sour
         }
         for index, problem in enumerate(problems)
     ]
-    import pandas as pd
+    import pandas as pd  # not where a finished build is only looked for
 
     pd.DataFrame(rows).to_parquet(path, index=False)

@@ -1,4 +1,5 @@
-"""A process that the launcher starts ends in order when the launcher is gone, even if that was killed with SIGKILL."""
+"""How a process that the launcher starts ends: in order when the launcher is gone, even if killed with SIGKILL, and
+without delay when its work is done."""
 
 import atexit
 import ctypes

@@ -235,6 +235,13 @@ def test_the_quickstart_warms_nothing_up_before_its_settings_are_right(tmp_path)
     assert done.returncode == 2
     assert "did you mean method.delta" in done.stderr
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/manifest.json").write_text('{"settings": {"seed": 1}, "heldout_sampled": {}}')  # another build
+    done = quickstart(tmp_path, "method.detla=0.2")
+    assert done.returncode == 2
+    assert "did you mean method.delta" in done.stderr
+    assert "warming up" not in done.stdout
+    assert list((tmp_path / "assets").iterdir()) == [tmp_path / "assets/manifest.json"]
 
 
 def test_a_recipe_without_an_installation_says_what_to_do(tmp_path):

@@ -51,12 +51,14 @@ def test_what_cannot_be_built_is_refused_at_once(flags, said, tmp_path, monkeypa
 
 
 def test_a_finished_build_is_found_without_torch(tmp_path):
-    script = "import sys; from cppo_verl.quickstart.__main__ import main; main(); print({'torch'} & {*sys.modules})"
+    script = "import sys; from cppo_verl.quickstart.__main__ import main; main(); print('torch' in sys.modules)"
     settings = settings_from(build_parser().parse_args(["--out", str(tmp_path), "--seed", "3"]), SPECS)
     (tmp_path / "manifest.json").write_text(json.dumps({"settings": settings, "heldout_sampled": {}}))
     command = [sys.executable, "-c", script, "--out", str(tmp_path), "--seed"]
     done = subprocess.run([*command, "3"], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"{tmp_path} already holds this build; nothing to do", "set()"], done.stderr
+    assert done.stdout.splitlines() == [f"{tmp_path} already holds this build; nothing to do", "False"], done.stderr
+    other = subprocess.run([*command, "4", "--is-built"], capture_output=True, text=True)
+    assert (other.returncode, other.stdout) == (1, "")
 
 
 def test_answers_are_the_value_of_the_expression(splits):
